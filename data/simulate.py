@@ -1,0 +1,394 @@
+"""A simulator of the two sensors, and the demo data set that it writes.
+
+Everything on the ground (vehicles, trees, roads, buildings) is a list of `Part`: upright blocks with
+a pose, a height and a material. The same list is seen twice:
+
+    parts -> height, albedo, reflectivity on a grid -> light and shadow           -> EO chip, 32 x 32
+    parts -> scatterers -> layover and shadow -> speckle -> power-law compression -> SAR chip, 56 x 56
+
+The radar looks along +y (down the rows) at a depression angle of about 40 degrees, the sun shines
+along +x. Lengths are metres, angles radians, reflectivities decibels against grass.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+CLASSES = ("sedan", "SUV", "pickup_truck", "van", "box_truck", "motorcycle", "flatbed_truck", "bus",
+           "pickup_truck_w_trailer", "semi_w_trailer")  # official order: index = position
+DEMO_ROOT = "datasets/demo"
+TRAIN_COUNTS = dict(zip(CLASSES, (1600, 900, 600, 400, 200, 120, 75, 50, 30, 16), strict=True))
+
+EO_PIXELS, SAR_PIXELS = 32, 56
+CHIP_METRES = 17.0  # ground width of a chip, the same for both sensors
+MARGIN_PIXELS = 4  # drawn around a SAR chip and cut off: what lies outside still throws shadow inside
+OVERSAMPLING = 2  # grid cells per pixel, along each axis
+SPECKLE_PIXELS = 1.15  # blur of the complex SAR image: the resolution of the radar
+CLUTTER_PIXELS = 9.0  # size of the patches in which the ground's reflectivity varies
+CLUTTER_DB = 3.0  # and by how much (standard deviation)
+COMPRESSION = 0.2  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
+GREY_OF_GRASS = 0.465
+OOD_SHARE = 0.28  # of the objects in validation and test scenes
+
+
+class Material(NamedTuple):
+    albedo: float  # EO brightness, 0..1; a part's tone is added
+    top_db: float  # reflectivity of the upper face
+    wall_db: float  # reflectivity of the sides, seen at a slant
+    corner_db: float  # the flash where a side that faces the radar meets what it stands on
+
+
+MATERIALS = (
+    Material(0.42, 0.0, 0.0, -30.0),
+    Material(0.25, -5.0, -5.0, -30.0),
+    Material(0.30, 2.0, 2.0, -30.0),
+    Material(0.50, -2.0, 2.0, 8.0),
+    Material(0.50, -4.0, 0.0, 9.0),
+    Material(0.10, -5.0, -2.0, -3.0),
+    Material(0.22, 1.0, 1.0, 5.0),
+    Material(0.45, 4.0, 2.0, 9.0),
+)
+GRASS, ASPHALT, FOLIAGE, CONCRETE, PAINT, GLASS, DARK, CARGO = range(len(MATERIALS))
+
+
+class Part(NamedTuple):
+    """An upright block; later parts of a list overwrite earlier ones where they overlap."""
+
+    x: float  # centre, along the vehicle's axis until placed in the chip
+    y: float
+    length: float
+    width: float
+    top: float  # height of the upper face above ground
+    material: int
+    heading: float = 0.0
+    tone: float = 0.0  # added to the albedo
+
+
+def _cabin(front, rear, width, top):
+    """A passenger cabin from `rear` to `front`: glass all around, a painted roof on it."""
+    middle, length = (front + rear) / 2, front - rear
+    return (Part(middle, 0, length, width, top - 0.1, GLASS),
+            Part(middle - 0.1, 0, 0.62 * length, width, top, PAINT))
+
+
+_PICKUP = (Part(0, 0, 5.7, 1.95, 1.05, PAINT), *_cabin(1.2, -0.9, 1.7, 1.85),
+           Part(-1.9, 0, 1.7, 1.5, 0.7, DARK))
+
+# Noses point to +x. Sizes are those of common vehicles of each kind.
+VEHICLES = {
+    "sedan": (Part(0, 0, 4.7, 1.8, 0.95, PAINT), *_cabin(0.9, -1.7, 1.5, 1.45)),
+    "SUV": (Part(0, 0, 4.9, 1.95, 1.1, PAINT), *_cabin(1.0, -2.3, 1.7, 1.85)),
+    "pickup_truck": _PICKUP,
+    "van": (Part(0, 0, 5.5, 2.0, 1.2, PAINT), *_cabin(2.0, -2.7, 1.9, 2.3)),
+    "box_truck": (Part(2.9, 0, 1.9, 2.1, 2.2, PAINT), Part(3.4, 0, 0.7, 1.9, 1.9, GLASS),
+                  Part(-0.9, 0, 5.4, 2.4, 3.3, CARGO)),
+    "motorcycle": (Part(0, 0, 2.1, 0.5, 0.9, DARK), Part(-0.2, 0, 0.6, 0.7, 1.4, PAINT),
+                   Part(0.5, 0, 0.2, 0.8, 1.1, DARK)),
+    "flatbed_truck": (Part(-0.9, 0, 5.8, 2.4, 1.1, DARK), Part(2.9, 0, 1.9, 2.2, 2.4, PAINT),
+                      Part(3.3, 0, 0.7, 2.0, 2.2, GLASS), Part(1.9, 0, 0.2, 2.3, 2.0, DARK)),
+    "bus": (Part(0, 0, 11.5, 2.5, 3.0, PAINT), Part(5.5, 0, 0.6, 2.4, 2.6, GLASS),
+            Part(1.5, 0, 1.6, 1.4, 3.3, DARK), Part(-3.0, 0, 1.6, 1.4, 3.3, DARK)),
+    "pickup_truck_w_trailer": (
+        *(part._replace(x=part.x + 3.2) for part in _PICKUP),
+        Part(-0.3, 0, 1.4, 0.15, 0.5, DARK), Part(-3.4, 0, 4.8, 1.9, 0.9, CARGO),
+        Part(-3.4, 0, 4.4, 1.5, 0.6, DARK)),
+    "semi_w_trailer": (Part(6.1, 0, 2.6, 2.4, 2.2, PAINT), Part(5.6, 0, 1.5, 2.3, 3.0, PAINT),
+                       Part(-1.7, 0, 12.4, 2.5, 3.9, CARGO)),
+}
+# None of the ten. Their reference class is "unknown".
+STRANGERS = {
+    "tank": (Part(0, 0, 6.6, 3.4, 1.4, DARK), Part(-0.3, 0, 2.6, 2.2, 2.3, DARK),
+             Part(2.8, 0, 4.2, 0.25, 2.0, DARK)),
+    "excavator": (Part(-0.8, 0, 3.6, 2.8, 1.1, DARK), Part(-1.0, 0, 3.0, 2.4, 2.8, PAINT),
+                  Part(2.2, 0.4, 4.4, 0.5, 3.2, PAINT), Part(4.3, 0.4, 0.9, 1.2, 1.0, DARK)),
+    "tractor": (Part(0.7, 0, 2.2, 0.9, 1.5, PAINT), Part(-0.8, 0, 1.5, 1.4, 2.7, GLASS),
+                Part(-0.9, 1.0, 1.7, 0.5, 1.7, DARK), Part(-0.9, -1.0, 1.7, 0.5, 1.7, DARK)),
+    "aircraft": (Part(0, 0, 8.0, 1.2, 1.8, PAINT), Part(0.9, 0, 1.5, 10.5, 2.2, PAINT),
+                 Part(-3.6, 0, 0.9, 3.4, 1.8, PAINT)),
+    "containers": (Part(0, 1.4, 6.1, 2.4, 2.6, CARGO), Part(0.4, -1.4, 6.1, 2.4, 5.2, CARGO)),
+    "building": (Part(0, 0, 11.0, 8.0, 4.0, CONCRETE), Part(1.5, 1.0, 2.0, 1.5, 5.0, DARK)),
+    "clutter": (),
+    "empty": None,  # an all-zero chip
+}
+# Dealt round by round, so that each kind comes about as often as it stands here.
+STRANGER_DECK = ("tank", "excavator", "tractor", "aircraft", "containers", "building", "tank",
+                 "tractor", "clutter", "building", "excavator", "clutter", "empty")
+
+
+def _instance(rng, parts):
+    """One individual of a kind: its own size, proportions and paint."""
+    along, across, up = rng.normal(1.0, (0.06, 0.05, 0.06))
+    tones = {PAINT: rng.uniform(-0.38, 0.42), CARGO: rng.uniform(-0.2, 0.4)}
+    return [part._replace(x=part.x * along, length=part.length * along, y=part.y * across,
+                          width=part.width * across, top=part.top * up,
+                          tone=tones.get(part.material, rng.normal(0, 0.04))) for part in parts]
+
+
+def _place(parts, x, y, heading):
+    """Parts given along a vehicle's axis, moved to (x, y) and turned."""
+    cos, sin = np.cos(heading), np.sin(heading)
+    return [part._replace(x=x + cos * part.x - sin * part.y, y=y + sin * part.x + cos * part.y,
+                          heading=heading + part.heading) for part in parts]
+
+
+def _surroundings(rng):
+    """Road, trees, a neighbour or a wall: what happens to lie around the object."""
+    parts = []
+    along = rng.uniform(0, np.pi)
+    normal = along + np.pi / 2
+    if rng.random() < 0.7:
+        offset = rng.normal(0, 3)
+        parts.append(Part(offset * np.cos(normal), offset * np.sin(normal), 40,
+                          rng.uniform(5, 14), 0.0, ASPHALT, along, rng.normal(0, 0.06)))
+    for _ in range(rng.poisson(1.0)):
+        bearing, distance = rng.uniform(0, 2 * np.pi), rng.uniform(7.5, 11)
+        parts.append(Part(distance * np.cos(bearing), distance * np.sin(bearing),
+                          *rng.uniform(2, 5, 2), rng.uniform(1, 4), FOLIAGE,
+                          rng.uniform(0, np.pi), rng.normal(0, 0.06)))
+    if rng.random() < 0.4:
+        neighbour = _instance(rng, VEHICLES[CLASSES[rng.integers(4)]])
+        side, shift = rng.choice((-1, 1)) * rng.uniform(4.0, 7.5), rng.normal(0, 3)
+        parts += _place(neighbour, side * np.cos(normal) + shift * np.cos(along),
+                        side * np.sin(normal) + shift * np.sin(along), along + rng.normal(0, 0.1))
+    return parts
+
+
+def _rasterise(parts, cells, metres):
+    """Draw parts on a grid of cells x cells over metres x metres: height, material, tone."""
+    centres = (np.arange(cells) + 0.5) * (metres / cells) - metres / 2
+    height, tone = np.zeros((cells, cells)), np.zeros((cells, cells))
+    material = np.full((cells, cells), GRASS)
+    for part in parts:
+        dx, dy = centres[None, :] - part.x, centres[:, None] - part.y
+        cos, sin = np.cos(part.heading), np.sin(part.heading)
+        u, v = (cos * dx + sin * dy) * (2 / part.length), (cos * dy - sin * dx) * (2 / part.width)
+        inside = u**2 + v**2 < 1 if part.material == FOLIAGE else np.maximum(abs(u), abs(v)) < 1
+        height[inside], material[inside], tone[inside] = part.top, part.material, part.tone
+    return height, material, tone
+
+
+def _low_pass(field, sigma):
+    """Gaussian blur by `sigma` pixels, the edges wrapped around."""
+    frequency = np.fft.fftfreq(len(field))
+    gain = np.exp(-2 * (np.pi * sigma * frequency) ** 2)
+    return np.fft.ifft2(np.fft.fft2(field) * np.outer(gain, gain))
+
+
+def _smooth_noise(rng, pixels, sigma):
+    """A random field of unit variance with patches of about `sigma` pixels, float64."""
+    field = _low_pass(rng.standard_normal((pixels, pixels)), sigma).real
+    return field / field.std()
+
+
+def eo_chip(rng, parts):
+    """Photograph parts from above. Returns uint8 of shape (32, 32)."""
+    cells = EO_PIXELS * OVERSAMPLING
+    height, material, tone = _rasterise(parts, cells, CHIP_METRES)
+    albedo = np.array([m.albedo for m in MATERIALS])[material] + tone
+    albedo += 0.04 * _smooth_noise(rng, cells, 2.0) * (height == 0)
+    # A sunray falls `slope` metres per metre of ground: a cell is lit if no ray before it is higher.
+    slope = rng.uniform(0.8, 1.8)
+    ray = height + slope * CHIP_METRES / cells * np.arange(cells)
+    lit = ray >= np.maximum.accumulate(ray, axis=1)
+    light = albedo * np.where(lit, 1.0, 0.45)
+    pixels = light.reshape(EO_PIXELS, OVERSAMPLING, EO_PIXELS, OVERSAMPLING).mean((1, 3))
+    pixels = _low_pass(pixels, rng.uniform(0.6, 1.0)).real
+    pixels = rng.uniform(0.7, 1.15) * pixels + rng.normal(0, 0.03, pixels.shape)
+    return _to_uint8(pixels)
+
+
+def _surface_scatterers(height, material, cell):
+    """Upper faces as points (x, y, z) with their power, one per grid cell, each (cells * cells,)."""
+    centres = (np.arange(len(height)) + 0.5) * cell - len(height) * cell / 2
+    x, y = np.meshgrid(centres, centres)
+    power = 10 ** (np.array([m.top_db for m in MATERIALS])[material] / 10) * cell**2
+    return x.ravel(), y.ravel(), height.ravel(), power.ravel()
+
+
+def _wall_scatterers(parts, cell, along=16, up=6):
+    """Sides that face the radar as points (x, y, z) with their power, each (points,).
+
+    Every side has a slant return, spread over its height, and a flash at its foot, where side and
+    ground form a corner reflector. The flash is narrow in azimuth: it needs a side that looks
+    straight at the radar.
+    """
+    tall = [part for part in parts if part.top > 0.3]
+    if not tall:
+        return (np.empty(0),) * 4
+    x, y, length, width, top, material, heading, _ = (
+        np.array(column)[:, None] for column in zip(*tall, strict=True))
+    _, _, wall_db, corner_db = (np.array(column)[material] for column in zip(*MATERIALS, strict=True))
+    normal = heading + np.pi / 2 * np.arange(4)  # (parts, 4 sides)
+    reach = np.where(np.arange(4) % 2, width, length) / 2 + cell  # a cell outside its own block
+    extent = np.where(np.arange(4) % 2, length, width)
+    facing = np.maximum(-np.sin(normal), 0)
+    s = ((np.arange(along) + 0.5) / along - 0.5)[:, None]
+    z_share = np.arange(up) / up  # the first point is the foot
+    side = (..., None, None)
+    px = (x + reach * np.cos(normal))[side] - (extent * np.sin(normal))[side] * s + 0 * z_share
+    py = (y + reach * np.sin(normal))[side] + (extent * np.cos(normal))[side] * s + 0 * z_share
+    pz = top[side] * z_share + np.zeros_like(px)
+    area = (extent * top * facing)[side] / (along * up)
+    power = area * 10 ** (wall_db / 10)[side] + np.zeros_like(px)
+    power[..., 0] += (area * up * (10 ** (corner_db / 10) * facing**24)[side])[..., 0]
+    return px.ravel(), py.ravel(), pz.ravel(), power.ravel()
+
+
+def sar_chip(rng, parts, depression):
+    """Image parts by radar at a depression angle (radians). Returns uint8 of shape (56, 56)."""
+    pixels = SAR_PIXELS + 2 * MARGIN_PIXELS
+    pixel = CHIP_METRES / SAR_PIXELS
+    metres, cells, cell = pixels * pixel, pixels * OVERSAMPLING, pixel / OVERSAMPLING
+    height, material, _ = _rasterise(parts, cells, metres)
+    x, y, z, power = (np.concatenate(pair) for pair in zip(
+        _surface_scatterers(height, material, cell), _wall_scatterers(parts, cell), strict=True))
+    inside = (abs(x) < metres / 2) & (abs(y) < metres / 2)
+    x, y, z, power = x[inside], y[inside], z[inside], power[inside]
+
+    # z + y * tan(depression) is the same all along a ray, so the highest value between radar and
+    # point tells whether the point lies in shadow.
+    slope = np.tan(depression)
+    column = ((x + metres / 2) / cell).astype(int)
+    row = ((y + metres / 2) / cell).astype(int)
+    centres = (np.arange(cells)[:, None] + 0.5) * cell - metres / 2
+    horizon = np.maximum.accumulate(height + slope * centres, axis=0)
+    lit = z + slope * y > horizon[row, column] - slope * cell
+    # What stands high is nearer to the radar than its foot: it is laid over towards smaller y.
+    row = np.clip(((y - z * slope + metres / 2) / pixel).astype(int), 0, pixels - 1)
+    column = column // OVERSAMPLING
+    image = np.bincount(row * pixels + column, power * lit, pixels**2).reshape(pixels, pixels)
+    intensity = image / pixel**2 * 10 ** (CLUTTER_DB / 10 * _smooth_noise(rng, pixels, CLUTTER_PIXELS))
+    intensity += 0.06  # thermal noise
+
+    noise = rng.standard_normal((2, pixels, pixels))
+    field = _low_pass(np.sqrt(intensity / 2) * (noise[0] + 1j * noise[1]), SPECKLE_PIXELS)
+    # The blur takes a factor 4 pi sigma^2 of the power of white noise.
+    speckled = 4 * np.pi * SPECKLE_PIXELS**2 * abs(field) ** 2 * 10 ** rng.normal(0, 0.1)
+    grey = GREY_OF_GRASS * speckled**COMPRESSION
+    return _to_uint8(grey[MARGIN_PIXELS:-MARGIN_PIXELS, MARGIN_PIXELS:-MARGIN_PIXELS])
+
+
+def _to_uint8(grey):
+    return np.round(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+
+
+def simulate_pair(rng, kind):
+    """A new individual of a class at a random heading.
+
+    Args:
+        rng: numpy Generator; all randomness comes from it.
+        kind: a name in VEHICLES or STRANGERS.
+    Returns:
+        EO chip (32, 32) and SAR chip (56, 56), both uint8.
+    """
+    individual = _instance(rng, VEHICLES[kind] if kind in VEHICLES else STRANGERS[kind])
+    parts = _surroundings(rng) + _place(individual, *rng.normal(0, 0.5, 2), rng.uniform(0, 2 * np.pi))
+    return eo_chip(rng, parts), sar_chip(rng, parts, rng.normal(0.7, 0.06))
+
+
+def _deal(rng, deck, count):
+    """`count` names from `deck`, shuffled anew each round: nearly even, never the same order."""
+    rounds = [rng.permutation(deck) for _ in range(-(-count // len(deck)))]
+    return [str(name) for name in np.concatenate(rounds)[:count]] if count else []
+
+
+def _plan_scenes(rng, names, scenes):
+    """Cast the scenes: a list per scene with the kinds of its one, two or three objects."""
+    sizes = rng.permutation([1 if 5 * i < 3 * scenes else 2 + i % 2 for i in range(scenes)])
+    objects = int(sizes.sum())
+    strangers = max(1, round(OOD_SHARE * objects)) if objects else 0
+    kinds = _deal(rng, names, objects - strangers) + _deal(rng, STRANGER_DECK, strangers)
+    kinds = iter(rng.permutation(kinds).tolist())
+    return [[next(kinds) for _ in range(size)] for size in sizes]
+
+
+def simulate_scene(rng, kinds):
+    """Follow the objects of one scene over 6 to 24 frames, interleaved.
+
+    Each object stays the same individual and turns slowly; ground and speckle change.
+
+    Yields:
+        (kind, SAR chip uint8 (56, 56)) per frame.
+    """
+    objects = [(kind, _instance(rng, VEHICLES.get(kind, STRANGERS.get(kind)) or ())) for kind in kinds]
+    headings, rates = rng.uniform(0, 2 * np.pi, len(kinds)), rng.normal(0, 0.07, len(kinds))
+    depression = rng.normal(0.7, 0.06)
+    for turn in rng.permutation(np.arange(rng.integers(6, 25)) % len(kinds)):
+        kind, individual = objects[turn]
+        headings[turn] += rates[turn] + rng.normal(0, 0.03)
+        if kind == "empty":
+            yield kind, np.zeros((SAR_PIXELS, SAR_PIXELS), np.uint8)
+            continue
+        placed = _place(individual, *rng.normal(0, 0.5, 2), headings[turn])
+        yield kind, sar_chip(rng, _surroundings(rng) + placed, depression)
+
+
+def _write_train(root, seed, train_counts, progress):
+    """Pairs, every one of an individual of its own."""
+    number = 0
+    for kind, count in train_counts.items():
+        folders = [root / "train" / sensor / kind for sensor in ("EO_Train", "SAR_Train")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for _ in range(count):
+            chips = simulate_pair(np.random.default_rng([seed, 0, number]), kind)
+            for folder, chip in zip(folders, chips, strict=True):
+                Image.fromarray(chip).save(folder / f"{number:06d}.png")
+            number += 1
+        progress.update(count)
+
+
+def _write_scenes(folder, reference, seed, split, names, scenes, progress):
+    """SAR chips numbered along the flight, and their reference CSV."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng([seed, split])
+    number = int(rng.integers(100_000, 110_000))
+    rows = ["image_id,class,OOD_flag"]
+    for scene, kinds in enumerate(_plan_scenes(rng, names, scenes)):
+        number += int(rng.integers(150, 901))
+        for frame, (kind, chip) in enumerate(
+                simulate_scene(np.random.default_rng([seed, split, scene]), kinds)):
+            number += int(rng.integers(1, 6)) if frame else 0
+            known = kind in CLASSES
+            rows.append(f"Gotcha{number},{kind if known else 'unknown'},{int(not known)}")
+            Image.fromarray(chip).save(folder / f"Gotcha{number}.png")
+        progress.update(1)
+    (folder / reference).write_text("\n".join(rows) + "\n")
+
+
+def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scenes=100):
+    """Write the demo set in the layout of the 2024 release.
+
+    Args:
+        root: folder to create, with train/, val/ and test/ below.
+        seed: the same seed gives the same pixels.
+        train_counts: class name -> number of training pairs; scenes hold these classes and OOD.
+        val_scenes, test_scenes: number of scenes, of 6 to 24 chips each.
+    Raises:
+        FileExistsError: if root is there already.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists already; delete it to have the demo set written anew.")
+    # Renamed at the very end, so that an interrupted write is never taken for a complete set.
+    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    try:
+        with tqdm(desc="demo set", total=sum(train_counts.values()) + val_scenes + test_scenes) as bar:
+            _write_train(partial, seed, train_counts, bar)
+            names = list(train_counts)
+            _write_scenes(partial / "val", "validation_reference.csv", seed, 1, names, val_scenes, bar)
+            _write_scenes(partial / "test", "test_reference.csv", seed, 2, names, test_scenes, bar)
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def ensure_demo(root):
+    """Write the demo set if root is DEMO_ROOT and is not there yet; otherwise do nothing."""
+    if os.path.normpath(root) == os.path.normpath(DEMO_ROOT) and not Path(root).exists():
+        write_demo(root)

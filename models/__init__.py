@@ -1,0 +1,1 @@
+"""What is learned: the classifier, the focal loss, the distillation."""

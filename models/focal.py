@@ -1,0 +1,32 @@
+"""Focal loss against class imbalance."""
+
+import torch
+import torch.nn.functional as F
+
+
+def focal_loss(logits, labels, gamma=2.0, class_weights=None):
+    """Mean focal loss, FL = -alpha_t (1 - p_t)^gamma log p_t.
+
+    At gamma = 0 it equals `torch.nn.functional.cross_entropy(logits, labels, class_weights)`,
+    whose weighted mean it keeps: the sum over chips divided by the sum of their alpha.
+
+    Args:
+        logits: [N, C], any floating dtype; computed in float32 at least.
+        labels: [N] int64, 0..C-1.
+        gamma: focusing parameter, >= 0; the higher, the less easy chips count.
+        class_weights: alpha, [C], or None for 1.
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits).
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 4 and 5.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    log_p = F.log_softmax(logits.to(wide), dim=1).gather(1, labels[:, None]).squeeze(1)
+    # The floor keeps the gradient of x^gamma finite at x = 0 for gamma < 1.
+    miss = -torch.expm1(log_p).clamp_max(-1e-12) if gamma else torch.ones_like(log_p)
+    loss = -(miss**gamma) * log_p
+    if class_weights is None:
+        return loss.mean()
+    alpha = class_weights.to(wide)[labels]
+    return (alpha * loss).sum() / alpha.sum()

@@ -1,0 +1,1 @@
+"""What the scripts share: settings, training loop, checkpoints, prediction, voting, report."""
