@@ -1,10 +1,10 @@
 """A simulator of the two sensors, and the demo data set that it writes.
 
-Everything on the ground (vehicles, trees, roads, buildings) is a list of `Part`: upright blocks with
-a pose, a height and a material. The same list is seen twice:
+Everything on the ground (vehicles, trees, roads, buildings) is a list of `Part`: upright blocks
+with a pose, a height and a material. The same list is seen twice:
 
-    parts -> height, albedo, reflectivity on a grid -> light and shadow           -> EO chip, 32 x 32
-    parts -> scatterers -> layover and shadow -> speckle -> power-law compression -> SAR chip, 56 x 56
+    parts -> height and albedo on a grid -> light, shadow, blur, noise             -> EO chip
+    parts -> scatterers -> layover, shadow -> speckle -> nearly logarithmic compression -> SAR chip
 
 The radar looks along +y (down the rows) at a depression angle of about 40 degrees, the sun shines
 along +x. Lengths are metres, angles radians, reflectivities decibels against grass.
@@ -25,14 +25,15 @@ DEMO_ROOT = "datasets/demo"
 TRAIN_COUNTS = dict(zip(CLASSES, (1600, 900, 600, 400, 200, 120, 75, 50, 30, 16), strict=True))
 
 EO_PIXELS, SAR_PIXELS = 32, 56
-CHIP_METRES = 17.0  # ground width of a chip, the same for both sensors
-MARGIN_PIXELS = 4  # drawn around a SAR chip and cut off: what lies outside still throws shadow inside
-OVERSAMPLING = 2  # grid cells per pixel, along each axis
-SPECKLE_PIXELS = 1.15  # blur of the complex SAR image: the resolution of the radar
-CLUTTER_PIXELS = 9.0  # size of the patches in which the ground's reflectivity varies
-CLUTTER_DB = 3.0  # and by how much (standard deviation)
-COMPRESSION = 0.2  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
-GREY_OF_GRASS = 0.465
+CHIP_METRES = 15.0  # ground width of a chip, the same for both sensors
+MARGIN_PIXELS = 4  # drawn around a SAR chip, then cut off: what lies there throws shadow inside
+EO_OVERSAMPLING, SAR_OVERSAMPLING = 3, 2  # grid cells per pixel, along each axis
+SPECKLE_PIXELS = 1.25  # blur of the complex SAR image: the resolution of the radar
+CLUTTER_PIXELS = 7.0  # size of the patches in which the ground's reflectivity varies
+CLUTTER_DB = 3.6  # and by how much (standard deviation)
+COMPRESSION = 0.19  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
+GREY_OF_GRASS = 0.46
+THERMAL_NOISE = 0.06  # intensity against grass: what shadows are filled with
 OOD_SHARE = 0.28  # of the objects in validation and test scenes
 
 
@@ -97,8 +98,8 @@ VEHICLES = {
         *(part._replace(x=part.x + 3.2) for part in _PICKUP),
         Part(-0.3, 0, 1.4, 0.15, 0.5, DARK), Part(-3.4, 0, 4.8, 1.9, 0.9, CARGO),
         Part(-3.4, 0, 4.4, 1.5, 0.6, DARK)),
-    "semi_w_trailer": (Part(6.1, 0, 2.6, 2.4, 2.2, PAINT), Part(5.6, 0, 1.5, 2.3, 3.0, PAINT),
-                       Part(-1.7, 0, 12.4, 2.5, 3.9, CARGO)),
+    "semi_w_trailer": (Part(5.6, 0, 2.4, 2.4, 2.2, PAINT), Part(5.1, 0, 1.4, 2.3, 3.0, PAINT),
+                       Part(-1.5, 0, 11.0, 2.5, 3.9, CARGO)),
 }
 # None of the ten. Their reference class is "unknown".
 STRANGERS = {
@@ -113,8 +114,9 @@ STRANGERS = {
     "containers": (Part(0, 1.4, 6.1, 2.4, 2.6, CARGO), Part(0.4, -1.4, 6.1, 2.4, 5.2, CARGO)),
     "building": (Part(0, 0, 11.0, 8.0, 4.0, CONCRETE), Part(1.5, 1.0, 2.0, 1.5, 5.0, DARK)),
     "clutter": (),
-    "empty": None,  # an all-zero chip
+    "empty": (),  # an all-zero chip
 }
+KINDS = VEHICLES | STRANGERS
 # Dealt round by round, so that each kind comes about as often as it stands here.
 STRANGER_DECK = ("tank", "excavator", "tractor", "aircraft", "containers", "building", "tank",
                  "tractor", "clutter", "building", "excavator", "clutter", "empty")
@@ -123,7 +125,9 @@ STRANGER_DECK = ("tank", "excavator", "tractor", "aircraft", "containers", "buil
 def _instance(rng, parts):
     """One individual of a kind: its own size, proportions and paint."""
     along, across, up = rng.normal(1.0, (0.06, 0.05, 0.06))
-    tones = {PAINT: rng.uniform(-0.38, 0.42), CARGO: rng.uniform(-0.2, 0.4)}
+    light = rng.random() < 0.65
+    tones = {PAINT: rng.uniform(0.15, 0.42) if light else rng.uniform(-0.38, -0.2),
+             CARGO: rng.uniform(-0.2, 0.4)}
     return [part._replace(x=part.x * along, length=part.length * along, y=part.y * across,
                           width=part.width * across, top=part.top * up,
                           tone=tones.get(part.material, rng.normal(0, 0.04))) for part in parts]
@@ -146,7 +150,7 @@ def _surroundings(rng):
         parts.append(Part(offset * np.cos(normal), offset * np.sin(normal), 40,
                           rng.uniform(5, 14), 0.0, ASPHALT, along, rng.normal(0, 0.06)))
     for _ in range(rng.poisson(1.0)):
-        bearing, distance = rng.uniform(0, 2 * np.pi), rng.uniform(7.5, 11)
+        bearing, distance = rng.uniform(0, 2 * np.pi), rng.uniform(6.5, 10)
         parts.append(Part(distance * np.cos(bearing), distance * np.sin(bearing),
                           *rng.uniform(2, 5, 2), rng.uniform(1, 4), FOLIAGE,
                           rng.uniform(0, np.pi), rng.normal(0, 0.06)))
@@ -164,11 +168,15 @@ def _rasterise(parts, cells, metres):
     height, tone = np.zeros((cells, cells)), np.zeros((cells, cells))
     material = np.full((cells, cells), GRASS)
     for part in parts:
-        dx, dy = centres[None, :] - part.x, centres[:, None] - part.y
+        reach = np.hypot(part.length, part.width) / 2
+        columns = slice(*np.searchsorted(centres, (part.x - reach, part.x + reach)))
+        rows = slice(*np.searchsorted(centres, (part.y - reach, part.y + reach)))
+        dx, dy = centres[None, columns] - part.x, centres[rows, None] - part.y
         cos, sin = np.cos(part.heading), np.sin(part.heading)
         u, v = (cos * dx + sin * dy) * (2 / part.length), (cos * dy - sin * dx) * (2 / part.width)
         inside = u**2 + v**2 < 1 if part.material == FOLIAGE else np.maximum(abs(u), abs(v)) < 1
-        height[inside], material[inside], tone[inside] = part.top, part.material, part.tone
+        for grid, value in (height, part.top), (material, part.material), (tone, part.tone):
+            grid[rows, columns][inside] = value
     return height, material, tone
 
 
@@ -187,23 +195,23 @@ def _smooth_noise(rng, pixels, sigma):
 
 def eo_chip(rng, parts):
     """Photograph parts from above. Returns uint8 of shape (32, 32)."""
-    cells = EO_PIXELS * OVERSAMPLING
+    cells = EO_PIXELS * EO_OVERSAMPLING
     height, material, tone = _rasterise(parts, cells, CHIP_METRES)
     albedo = np.array([m.albedo for m in MATERIALS])[material] + tone
     albedo += 0.04 * _smooth_noise(rng, cells, 2.0) * (height == 0)
-    # A sunray falls `slope` metres per metre of ground: a cell is lit if no ray before it is higher.
+    # A sunray falls `slope` metres per metre of ground; a cell is lit if no ray before is higher.
     slope = rng.uniform(0.8, 1.8)
     ray = height + slope * CHIP_METRES / cells * np.arange(cells)
     lit = ray >= np.maximum.accumulate(ray, axis=1)
     light = albedo * np.where(lit, 1.0, 0.45)
-    pixels = light.reshape(EO_PIXELS, OVERSAMPLING, EO_PIXELS, OVERSAMPLING).mean((1, 3))
-    pixels = _low_pass(pixels, rng.uniform(0.6, 1.0)).real
-    pixels = rng.uniform(0.7, 1.15) * pixels + rng.normal(0, 0.03, pixels.shape)
+    pixels = light.reshape(EO_PIXELS, EO_OVERSAMPLING, EO_PIXELS, EO_OVERSAMPLING).mean((1, 3))
+    pixels = _low_pass(pixels, rng.uniform(0.3, 0.6)).real
+    pixels = rng.uniform(0.7, 1.15) * pixels + rng.normal(0, 0.015, pixels.shape)
     return _to_uint8(pixels)
 
 
 def _surface_scatterers(height, material, cell):
-    """Upper faces as points (x, y, z) with their power, one per grid cell, each (cells * cells,)."""
+    """Upper faces as points (x, y, z) with their power, one per grid cell, each (cells**2,)."""
     centres = (np.arange(len(height)) + 0.5) * cell - len(height) * cell / 2
     x, y = np.meshgrid(centres, centres)
     power = 10 ** (np.array([m.top_db for m in MATERIALS])[material] / 10) * cell**2
@@ -222,7 +230,7 @@ def _wall_scatterers(parts, cell, along=16, up=6):
         return (np.empty(0),) * 4
     x, y, length, width, top, material, heading, _ = (
         np.array(column)[:, None] for column in zip(*tall, strict=True))
-    _, _, wall_db, corner_db = (np.array(column)[material] for column in zip(*MATERIALS, strict=True))
+    _, _, wall_db, corner_db = np.array(MATERIALS).T[:, material]
     normal = heading + np.pi / 2 * np.arange(4)  # (parts, 4 sides)
     reach = np.where(np.arange(4) % 2, width, length) / 2 + cell  # a cell outside its own block
     extent = np.where(np.arange(4) % 2, length, width)
@@ -243,7 +251,7 @@ def sar_chip(rng, parts, depression):
     """Image parts by radar at a depression angle (radians). Returns uint8 of shape (56, 56)."""
     pixels = SAR_PIXELS + 2 * MARGIN_PIXELS
     pixel = CHIP_METRES / SAR_PIXELS
-    metres, cells, cell = pixels * pixel, pixels * OVERSAMPLING, pixel / OVERSAMPLING
+    metres, cells, cell = pixels * pixel, pixels * SAR_OVERSAMPLING, pixel / SAR_OVERSAMPLING
     height, material, _ = _rasterise(parts, cells, metres)
     x, y, z, power = (np.concatenate(pair) for pair in zip(
         _surface_scatterers(height, material, cell), _wall_scatterers(parts, cell), strict=True))
@@ -260,10 +268,10 @@ def sar_chip(rng, parts, depression):
     lit = z + slope * y > horizon[row, column] - slope * cell
     # What stands high is nearer to the radar than its foot: it is laid over towards smaller y.
     row = np.clip(((y - z * slope + metres / 2) / pixel).astype(int), 0, pixels - 1)
-    column = column // OVERSAMPLING
+    column = column // SAR_OVERSAMPLING
     image = np.bincount(row * pixels + column, power * lit, pixels**2).reshape(pixels, pixels)
-    intensity = image / pixel**2 * 10 ** (CLUTTER_DB / 10 * _smooth_noise(rng, pixels, CLUTTER_PIXELS))
-    intensity += 0.06  # thermal noise
+    clutter_db = CLUTTER_DB * _smooth_noise(rng, pixels, CLUTTER_PIXELS)
+    intensity = image / pixel**2 * 10 ** (clutter_db / 10) + THERMAL_NOISE
 
     noise = rng.standard_normal((2, pixels, pixels))
     field = _low_pass(np.sqrt(intensity / 2) * (noise[0] + 1j * noise[1]), SPECKLE_PIXELS)
@@ -282,12 +290,13 @@ def simulate_pair(rng, kind):
 
     Args:
         rng: numpy Generator; all randomness comes from it.
-        kind: a name in VEHICLES or STRANGERS.
+        kind: a name in KINDS.
     Returns:
         EO chip (32, 32) and SAR chip (56, 56), both uint8.
     """
-    individual = _instance(rng, VEHICLES[kind] if kind in VEHICLES else STRANGERS[kind])
-    parts = _surroundings(rng) + _place(individual, *rng.normal(0, 0.5, 2), rng.uniform(0, 2 * np.pi))
+    individual = _instance(rng, KINDS[kind])
+    pose = *rng.normal(0, 0.5, 2), rng.uniform(0, 2 * np.pi)
+    parts = _surroundings(rng) + _place(individual, *pose)
     return eo_chip(rng, parts), sar_chip(rng, parts, rng.normal(0.7, 0.06))
 
 
@@ -315,7 +324,7 @@ def simulate_scene(rng, kinds):
     Yields:
         (kind, SAR chip uint8 (56, 56)) per frame.
     """
-    objects = [(kind, _instance(rng, VEHICLES.get(kind, STRANGERS.get(kind)) or ())) for kind in kinds]
+    objects = [(kind, _instance(rng, KINDS[kind])) for kind in kinds]
     headings, rates = rng.uniform(0, 2 * np.pi, len(kinds)), rng.normal(0, 0.07, len(kinds))
     depression = rng.normal(0.7, 0.06)
     for turn in rng.permutation(np.arange(rng.integers(6, 25)) % len(kinds)):
@@ -340,19 +349,19 @@ def _write_train(root, seed, train_counts, progress):
             for folder, chip in zip(folders, chips, strict=True):
                 Image.fromarray(chip).save(folder / f"{number:06d}.png")
             number += 1
-        progress.update(count)
+            progress.update(1)
 
 
-def _write_scenes(folder, reference, seed, split, names, scenes, progress):
+def _write_scenes(folder, reference, seed, names, scenes, progress):
     """SAR chips numbered along the flight, and their reference CSV."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng([seed, split])
+    rng = np.random.default_rng(seed)
     number = int(rng.integers(100_000, 110_000))
     rows = ["image_id,class,OOD_flag"]
     for scene, kinds in enumerate(_plan_scenes(rng, names, scenes)):
         number += int(rng.integers(150, 901))
         for frame, (kind, chip) in enumerate(
-                simulate_scene(np.random.default_rng([seed, split, scene]), kinds)):
+                simulate_scene(np.random.default_rng([*seed, scene]), kinds)):
             number += int(rng.integers(1, 6)) if frame else 0
             known = kind in CLASSES
             rows.append(f"Gotcha{number},{kind if known else 'unknown'},{int(not known)}")
@@ -374,15 +383,18 @@ def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scen
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} exists already; delete it to have the demo set written anew.")
+        raise FileExistsError(f"{root} exists already; delete it to have it written anew.")
     # Renamed at the very end, so that an interrupted write is never taken for a complete set.
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     try:
-        with tqdm(desc="demo set", total=sum(train_counts.values()) + val_scenes + test_scenes) as bar:
+        steps = sum(train_counts.values()) + val_scenes + test_scenes
+        with tqdm(desc=f"writing {root}", total=steps) as bar:
             _write_train(partial, seed, train_counts, bar)
             names = list(train_counts)
-            _write_scenes(partial / "val", "validation_reference.csv", seed, 1, names, val_scenes, bar)
-            _write_scenes(partial / "test", "test_reference.csv", seed, 2, names, test_scenes, bar)
+            for split, (folder, reference, scenes) in enumerate(
+                    (("val", "validation_reference.csv", val_scenes),
+                     ("test", "test_reference.csv", test_scenes)), start=1):
+                _write_scenes(partial / folder, reference, (seed, split), names, scenes, bar)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""Stage 1: train an EO image classifier with focal loss and weighted sampling.
+
+python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
+"""
+
+import math
+
+import torch
+
+from data.augment import jitter, speckle, to_input, turn
+from data.layouts import find_pairs, find_validation
+from data.sampler import WeightedStream, stratified_split
+from data.simulate import ensure_demo
+from data.store import ChipStore, grey_statistics, open_store
+from models.backbone import Classifier
+from models.focal import focal_loss
+from utils.checkpoint import FORMAT
+from utils.predict import scaled
+from utils.settings import check, read_settings, run
+from utils.training import announce, choose_device, fit
+from utils.validation import validation
+
+DATA_ROOT = "datasets/demo"  # folder of the data set; the default is simulated on first use
+CLASSES = ()  # class folders in the order of their index; empty: official or alphabetical order
+OUT_DIR = "runs/pretrain"  # where the outputs go
+STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+SENSOR = "EO"  # "EO" as in the method; "SAR" trains the plain baseline without a teacher
+BACKBONE = "test_resnet"  # any timm model; resnet18 or larger on a GPU
+WEIGHTS = ""  # "" from scratch, "timm" from the hub, or a file of weights
+IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be better
+VAL_FRACTION = 0.1  # share of the training pairs that all stages leave out to validate on
+EPOCHS = 12  # passes over as many chips as there are
+BATCH_SIZE = 64  # chips a step
+LEARNING_RATE = 2e-3  # at the peak of the schedule; lower it for pretrained weights
+WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
+WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
+CLIP = 1.0  # largest norm of the gradient; 0 = no limit
+EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
+GAMMA = 2.0  # of the focal loss; 0 = cross-entropy, higher counts easy chips less
+CLASS_WEIGHTS = ()  # alpha of the focal loss, one per class; empty = 1
+BALANCE = 0.5  # chips drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
+JITTER = 0.3  # random contrast and brightness, in standard deviations of the grey level
+SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
+TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
+SEED = 0  # fixes everything random
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+
+
+def main():
+    settings = read_settings(globals())
+    check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
+    check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
+    check(TRAIN_SCALES, "TRAIN_SCALES needs at least one entry, such as 1.0")
+    device = choose_device(DEVICE)
+    torch.manual_seed(SEED)
+
+    ensure_demo(DATA_ROOT)
+    pairs = find_pairs(DATA_ROOT, CLASSES)
+    train, held_out = stratified_split(pairs.labels, VAL_FRACTION)
+    check(len(CLASS_WEIGHTS) in (0, len(pairs.classes)), f"CLASS_WEIGHTS needs {len(pairs.classes)} numbers")
+    chips = open_store(pairs.eo if SENSOR == "EO" else pairs.sar, STORE_DIR)
+    mean, std = grey_statistics(chips, train)
+    store, labels = ChipStore(chips, device), torch.from_numpy(pairs.labels).to(device)
+    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
+    train = torch.from_numpy(train).to(device)
+
+    model = Classifier(BACKBONE, len(pairs.classes), IMAGE_SIZE, WEIGHTS)
+    model.to(device, memory_format=torch.channels_last)
+    alpha = torch.tensor(CLASS_WEIGHTS, device=device) if CLASS_WEIGHTS else None
+
+    def loss_of(step):
+        drawn, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
+        chosen = train[drawn]
+        size = scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)])
+        images = to_input(turn(store[chosen], views), size, mean, std)
+        images = jitter(speckle(images, SPECKLE, mean, std), JITTER)
+        logits = model(images.to(memory_format=torch.channels_last))
+        return focal_loss(logits, labels[chosen], GAMMA, alpha), logits, labels[chosen]
+
+    # Only SAR has labelled validation chips; without them a part of the pairs serves.
+    labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None
+    checkpoint = {
+        "format": FORMAT, "stage": "pretrain", "sensor": SENSOR, "settings": settings,
+        "backbone": BACKBONE, "image_size": IMAGE_SIZE, "classes": pairs.classes,
+        "class_ids": pairs.class_ids, "grey": (mean, std), "data_root": DATA_ROOT,
+        "val_fraction": VAL_FRACTION,
+    }  # fmt: skip
+    fit(
+        model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),
+        epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
+        out_dir=OUT_DIR, checkpoint=checkpoint,
+    )  # fmt: skip
+    announce(OUT_DIR, "python sar_feature.py" if SENSOR == "EO" else "python results.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""Checkpoints: plain dictionaries that torch.load reads with weights_only=True."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from models.backbone import Classifier
+from utils.settings import CheckpointError
+
+FORMAT = 1
+# What rebuilds the classifier and says what it was made for.
+KEYS = ("format", "stage", "sensor", "settings", "backbone", "image_size", "classes", "class_ids")
+KEYS += ("grey", "data_root", "val_fraction", "model")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint in one piece: to a temporary file first, which then takes its name."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune")):
+    """Read the checkpoint of an earlier stage; nothing in it is executed.
+
+    Args:
+        path: file written by save_checkpoint.
+        script: the script that makes it, named where the file is missing.
+        sensor: "EO" or "SAR" where only one will do.
+        stages: the stages that will do.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, of another stage, sensor or version.
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no checkpoint {path}; run first: python {script}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is no readable checkpoint ({reason}); make it anew: python {script}"
+        ) from error
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in KEYS):
+        raise CheckpointError(f"{path} is not a checkpoint of this project; make one: python {script}")
+    if checkpoint["format"] > FORMAT:
+        raise CheckpointError(f"{path} was written by a newer version; update this project")
+    if checkpoint["stage"] not in stages or sensor not in (None, checkpoint["sensor"]):
+        raise CheckpointError(
+            f"{path} is a {checkpoint['sensor']} checkpoint of {checkpoint['stage']}.py; "
+            f"needed is one of {script}"
+        )
+    return checkpoint
+
+
+def build_model(checkpoint):
+    """The classifier of a checkpoint, with its weights, in eval mode."""
+    model = Classifier(
+        checkpoint["backbone"], len(checkpoint["classes"]), checkpoint["image_size"]
+    )
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()

@@ -1,0 +1,63 @@
+"""Out-of-distribution confidence from the energy, on the head's logits or on Gaussian ones."""
+
+import numpy as np
+import torch
+from sklearn.covariance import LedoitWolf
+
+
+def confidence(logits, temperature=1.0):
+    """In-distribution confidence T logsumexp(f / T): minus the energy; higher = more in distribution.
+
+    Args:
+        logits: f, [N, C]: the head's logits, or log densities log p(c) + log p(z | c).
+        temperature: T > 0.
+
+    Returns:
+        [N], dtype of the logits.
+
+    Source: Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, eq. 4:
+    E(x) = -T logsumexp(f(x) / T) is low for chips in distribution.
+    """
+    return temperature * torch.logsumexp(logits / temperature, dim=1)
+
+
+def fit_gaussians(features, labels, classes):
+    """One Gaussian per class over the features, with a shared covariance (Ledoit-Wolf).
+
+    Args:
+        features: [N, D] array; labels: [N], 0..C-1; classes: C.
+
+    Returns:
+        dict of float32 tensors: "mean" [C, D], "precision" [D, D], "log_prior" [C]
+        (-inf for a class without chips), and "log_det" [] of the precision.
+
+    Source: Ledoit and Wolf, J. Multivariate Analysis 88, 2004, in scikit-learn.
+    """
+    features, labels = np.asarray(features, np.float64), np.asarray(labels)
+    counts = np.bincount(labels, minlength=classes)
+    mean = np.zeros((classes, features.shape[1]))
+    np.add.at(mean, labels, features)
+    mean /= np.maximum(counts, 1)[:, None]
+    precision = LedoitWolf(assume_centered=True).fit(features - mean[labels]).precision_
+    with np.errstate(divide="ignore"):
+        log_prior = np.log(counts / counts.sum())
+    fitted = {"mean": mean, "precision": precision, "log_prior": log_prior}
+    fitted["log_det"] = np.linalg.slogdet(precision)[1]
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in fitted.items()}
+
+
+def log_densities(features, gaussians):
+    """log pi_c + log N(z; mu_c, Sigma): the logits of the generative head.
+
+    Args:
+        features: z, [N, D]; gaussians: of fit_gaussians, on the same device.
+
+    Returns:
+        [N, C] float64.
+    """
+    g = {name: value.double() for name, value in gaussians.items()}
+    z = features.double()
+    from_mean = z[:, None] - g["mean"]
+    distance = torch.einsum("ncd,de,nce->nc", from_mean, g["precision"], from_mean)
+    constant = g["log_det"] - z.shape[1] * float(np.log(2 * np.pi))
+    return g["log_prior"] + 0.5 * (constant - distance)

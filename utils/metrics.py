@@ -1,0 +1,42 @@
+"""The challenge's scores, by scikit-learn."""
+
+import numpy as np
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+
+
+def scores(predicted, confidence, labels, ood):
+    """Scores of a prediction.
+
+    Args:
+        predicted: [N] class positions; confidence: [N], higher = more in distribution;
+        labels: [N], anything where ood; ood: [N] bool.
+
+    Returns:
+        dict of floats 0..1: "accuracy" and "mean per-class accuracy" over the chips in
+        distribution, "AUROC" of in- against out-of-distribution chips, "FPR at 95 % TPR" (OOD
+        chips passed where 95 % of the others are), "total" = 0.75 accuracy + 0.25 AUROC. nan
+        where it is undefined: without chips in distribution, or without any out of it.
+    """
+    known = ~ood
+    found = dict.fromkeys(
+        ("accuracy", "mean per-class accuracy", "AUROC", "FPR at 95 % TPR", "total"), float("nan")
+    )
+    if known.any():
+        found["accuracy"] = float(np.mean(predicted[known] == labels[known]))
+        found["mean per-class accuracy"] = class_mean_accuracy(predicted[known], labels[known])
+    if known.any() and ood.any():
+        found["AUROC"] = float(roc_auc_score(known, confidence))
+        passed, kept, _ = roc_curve(known, confidence, drop_intermediate=False)
+        found["FPR at 95 % TPR"] = float(passed[np.searchsorted(kept, 0.95)])
+    found["total"] = 0.75 * found["accuracy"] + 0.25 * found["AUROC"]
+    return found
+
+
+def class_mean_accuracy(predicted, labels):
+    """Mean over the classes that occur in `labels` of the share of their chips that is right."""
+    # A class that is only ever predicted has no accuracy; scikit-learn leaves it out too.
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
+        return float(balanced_accuracy_score(labels, predicted))

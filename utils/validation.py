@@ -1,0 +1,36 @@
+"""How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
+
+import torch
+
+from data.store import ChipStore, open_store
+from utils.metrics import class_mean_accuracy
+from utils.predict import predict
+
+
+def validation(checkpoint, store, labels, held_out, labelled, store_dir):
+    """A function that scores a model: {"accuracy", "mean per-class accuracy"}.
+
+    Args:
+        checkpoint: with image_size and grey, as saved.
+        store: ChipStore of the training pairs' chips of the stage's sensor.
+        labels: [N] of the pairs; held_out: indices of those that are not trained on.
+        labelled: `data.layouts.Labelled` chips, whose known ones are used instead; or None.
+        store_dir: where decoded chips are kept.
+    """
+    device = store.chips.device
+    if labelled is not None:
+        store = ChipStore(open_store(labelled.paths, store_dir)[~labelled.ood], device)
+        truth = labelled.labels[~labelled.ood]
+    else:
+        store = ChipStore(store[torch.from_numpy(held_out).to(device)].cpu().numpy(), device)
+        truth = labels[held_out]
+
+    def validate(model):
+        logits, _ = predict(model, store, checkpoint["image_size"], checkpoint["grey"])
+        guess = logits.argmax(1).cpu().numpy()
+        return {
+            "accuracy": float((guess == truth).mean()),
+            "mean per-class accuracy": class_mean_accuracy(guess, truth),
+        }
+
+    return validate
