@@ -86,7 +86,6 @@ class ChipStore:
     """
 
     def __init__(self, chips, device):
-        self.side = chips.shape[1]
         self.chips = torch.from_numpy(np.array(chips)).to(device)
 
     def __len__(self):
@@ -95,6 +94,12 @@ class ChipStore:
     def __getitem__(self, indices):
         """uint8 [B, S, S] of the chips at `indices`, int64 [B] on the device, or a slice."""
         return self.chips[indices]
+
+    def subset(self, indices):
+        """A store of the chips at `indices`, int64 on the device."""
+        part = object.__new__(ChipStore)
+        part.chips = self.chips[indices]
+        return part
 
 
 def grey_statistics(chips, indices):

@@ -21,6 +21,14 @@ def confidence(logits, temperature=1.0):
     return temperature * torch.logsumexp(logits / temperature, dim=1)
 
 
+def cluster_mean(values, clusters):
+    """Mean over the chips of the same cluster: [N, ...] values, [N] ids 0..K-1 -> [N, ...]."""
+    counts = np.bincount(clusters)
+    sums = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(sums, clusters, values)
+    return (sums / counts.reshape(-1, *[1] * (values.ndim - 1)))[clusters]
+
+
 def fit_gaussians(features, labels, classes):
     """One Gaussian per class over the features, with a shared covariance (Ledoit-Wolf).
 

@@ -36,7 +36,7 @@ def scaled(size, scale):
     return max(1, round(size * scale))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, each=False, progress=""):
     """Logits and features of all chips, averaged over views.
 

@@ -22,11 +22,18 @@ def validation(checkpoint, store, labels, held_out, labelled, store_dir):
         store = ChipStore(open_store(labelled.paths, store_dir)[~labelled.ood], device)
         truth = labelled.labels[~labelled.ood]
     else:
-        store = ChipStore(store[torch.from_numpy(held_out).to(device)].cpu().numpy(), device)
+        store = store.subset(torch.from_numpy(held_out).to(device))
         truth = labels[held_out]
 
+    frozen_features = []  # of a frozen backbone: the same in every epoch
+
     def validate(model):
-        logits, _ = predict(model, store, checkpoint["image_size"], checkpoint["grey"])
+        if frozen_features:
+            with torch.no_grad():
+                logits = model.head(frozen_features[0])
+        else:
+            logits, features = predict(model, store, checkpoint["image_size"], checkpoint["grey"])
+            frozen_features.extend([features] if model.frozen else [])
         guess = logits.argmax(1).cpu().numpy()
         return {
             "accuracy": float((guess == truth).mean()),

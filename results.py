@@ -1,0 +1,115 @@
+"""Stage 4: predict the SAR test chips and write the submission.
+
+python results.py [NAME=VALUE ...]   writes results.csv, readme.txt, submission.zip, and the
+scores where a reference CSV lies beside the chips
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
+from data.store import ChipStore, open_store
+from utils.checkpoint import build_model, load_checkpoint
+from utils.cluster import cluster_chips, vote
+from utils.energy import cluster_mean, confidence, log_densities
+from utils.metrics import scores
+from utils.predict import IDENTITY, predict, tta_views
+from utils.report import save_scores, table
+from utils.settings import check, read_settings, run
+from utils.submission import write_submission
+from utils.training import choose_device
+
+CHECKPOINT = "runs/finetune/best.pt"  # SAR checkpoint, of finetune.py in the method
+DATA_ROOT = ""  # folder of the data set; empty: the checkpoint's
+TEST_DIR = ""  # folder of chips to predict; empty: the data set's test folder
+OUT_DIR = "runs/results"  # where the outputs go
+STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+BATCH_SIZE = 256  # inputs in one forward pass
+ROTATIONS = (0, 90, 180, 270)  # degrees, of the views, each also flipped; (0,) with flip only
+SCALES = (0.875, 1.0, 1.125)  # of the views, relative to the input size; best those trained on
+TTA = True  # False predicts from each chip as it is
+CLUSTER_BY = "both"  # "features", "sequence" (of file numbers), "both", or "none"
+CLUSTERS = 0  # number of clusters of "features"; 0 = from the data
+SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
+VOTE = "hard"  # "hard" counts labels, "soft" sums probabilities
+VOTE_MIN_SHARE = 0.0  # a cluster whose winner has a smaller share of the vote stays as it is
+ENERGY = "features"  # confidence from the "logits" of the head, or from Gaussians of "features"
+ENERGY_TEMPERATURE = 1.0  # T of the energy
+CLUSTER_SCORE = "mean"  # confidence of a chip: "none" its own, "mean" its cluster's, or "logits"
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+
+
+def main():
+    read_settings(globals())
+    check(ENERGY in ("logits", "features"), f"ENERGY is logits or features, not {ENERGY!r}")
+    check(
+        CLUSTER_SCORE in ("none", "mean", "logits"),
+        f"CLUSTER_SCORE is none, mean or logits, not {CLUSTER_SCORE!r}",
+    )
+    check(BATCH_SIZE > 0 and ENERGY_TEMPERATURE > 0, "BATCH_SIZE and ENERGY_TEMPERATURE are above 0")
+    views = tta_views(ROTATIONS, SCALES) if TTA else IDENTITY
+    device = choose_device(DEVICE)
+
+    source = load_checkpoint(CHECKPOINT, "finetune.py", sensor="SAR")
+    check(
+        ENERGY == "logits" or "gaussians" in source,
+        f"{CHECKPOINT} holds no Gaussians; run finetune.py, or set ENERGY=logits",
+    )
+    folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT or source["data_root"])
+    paths = find_chips(folder)
+    reference = find_reference(folder)
+    truth = read_labelled(paths, reference, source["classes"]) if reference else None
+    store = ChipStore(open_store(paths, STORE_DIR), device)
+    model = build_model(source).to(device, memory_format=torch.channels_last)
+
+    def energy_logits(logits, features):
+        """f of the energy: the head's logits, or the log densities of the Gaussians."""
+        if ENERGY == "logits":
+            return logits
+        return log_densities(features, {k: v.to(device) for k, v in source["gaussians"].items()})
+
+    started = time.perf_counter()
+    see = (model, store, source["image_size"], source["grey"])
+    logits, features = predict(*see, views, BATCH_SIZE, progress="predict")
+    densities = energy_logits(logits, features)
+    clusters = cluster_chips(
+        features.cpu().numpy(), [path.name for path in paths], CLUSTER_BY, CLUSTERS, SEQUENCE_GAP
+    )
+    labels = vote(logits.cpu().numpy(), clusters, VOTE, VOTE_MIN_SHARE)
+    own = confidence(densities, ENERGY_TEMPERATURE).cpu().numpy()
+    if CLUSTER_SCORE == "mean":
+        score = cluster_mean(own, clusters)
+    elif CLUSTER_SCORE == "logits":
+        together = torch.from_numpy(cluster_mean(densities.cpu().numpy(), clusters))
+        score = confidence(together, ENERGY_TEMPERATURE).numpy()
+    else:
+        score = own
+    seconds = (time.perf_counter() - started) / len(paths)
+
+    described = f"focal loss, EO-to-SAR distillation, class-balanced head, {len(views)} views, vote"
+    ids = np.array(source["class_ids"])[labels]
+    archive = write_submission(
+        OUT_DIR, image_ids(paths), ids, score, seconds, device.type == "cuda", described
+    )
+    print(f"{len(paths)} chips, {clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
+    if truth is not None:
+        alone, features_alone = predict(*see, IDENTITY, BATCH_SIZE)
+        own_alone = confidence(energy_logits(alone, features_alone), ENERGY_TEMPERATURE).cpu().numpy()
+        tta = logits.argmax(1).cpu().numpy()
+        stages = {
+            "one view": (alone.argmax(1).cpu().numpy(), own_alone),
+            "+ TTA": (tta, own),
+            "+ vote": (labels, own),
+            "+ cluster score": (labels, score),
+        }
+        steps = {name: scores(*stage, truth.labels, truth.ood) for name, stage in stages.items()}
+        print(table(steps, list(steps["one view"])))
+        save_scores(Path(OUT_DIR), steps, labels, truth.labels, truth.ood, source["classes"])
+    print(f"written: {archive} and, beside it, {', '.join(sorted(p.name for p in Path(OUT_DIR).iterdir()))}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""Stage 2: distil the frozen EO teacher into a SAR classifier over co-registered pairs.
+
+python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from data.augment import jitter, speckle, to_input, turn
+from data.layouts import find_pairs, find_validation
+from data.sampler import WeightedStream, stratified_split
+from data.store import ChipStore, grey_statistics, open_store
+from models.backbone import Classifier
+from models.distillation import distillation_loss
+from models.focal import focal_loss
+from utils.checkpoint import build_model, load_checkpoint
+from utils.predict import scaled
+from utils.settings import check, read_settings, run
+from utils.training import announce, choose_device, fit
+from utils.validation import validation
+
+TEACHER = "runs/pretrain/best.pt"  # EO checkpoint of pretrain.py
+DATA_ROOT = ""  # folder of the data set; empty: the teacher's
+OUT_DIR = "runs/sar_feature"  # where the outputs go
+STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+BACKBONE = ""  # any timm model for the student; empty: the teacher's
+INIT = "teacher"  # the student's first weights: "teacher", "" from scratch, "timm", or a file
+EPOCHS = 15  # passes over as many pairs as there are
+BATCH_SIZE = 64  # pairs a step
+LEARNING_RATE = 2e-3  # at the peak of the schedule
+WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
+WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
+CLIP = 1.0  # largest norm of the gradient; 0 = no limit
+EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
+TEMPERATURE = 2.0  # T of the class distributions; higher shows more of the teacher's doubts
+KL_WEIGHT = 1.0  # of T^2 KL(teacher || student) on the class distributions
+FEATURE_WEIGHT = 0.0  # of the same on the softened feature distributions of the two sensors
+FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
+LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
+GAMMA = 2.0  # of the focal loss; 0 = cross-entropy
+BALANCE = 0.5  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
+JITTER = 0.3  # random contrast and brightness, in standard deviations, each sensor its own
+SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
+TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
+SEED = 0  # fixes everything random
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+
+
+def main():
+    settings = read_settings(globals())
+    check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
+    check(TRAIN_SCALES, "TRAIN_SCALES needs at least one entry, such as 1.0")
+    check(TEMPERATURE > 0 and FEATURE_TEMPERATURE > 0, "temperatures are above 0")
+    device = choose_device(DEVICE)
+    torch.manual_seed(SEED)
+
+    source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
+    backbone, size = BACKBONE or source["backbone"], source["image_size"]
+    check(
+        INIT != "teacher" or backbone == source["backbone"],
+        f"a student {backbone} cannot start from a teacher {source['backbone']}; set INIT=",
+    )
+    root = DATA_ROOT or source["data_root"]
+    pairs = find_pairs(root, source["classes"])
+    train, held_out = stratified_split(pairs.labels, source["val_fraction"])
+    sar_chips = open_store(pairs.sar, STORE_DIR)
+    eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
+    eo, sar = ChipStore(open_store(pairs.eo, STORE_DIR), device), ChipStore(sar_chips, device)
+    labels = torch.from_numpy(pairs.labels).to(device)
+    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
+    train = torch.from_numpy(train).to(device)
+
+    teacher = build_model(source).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    student = Classifier(backbone, len(pairs.classes), size, "" if INIT == "teacher" else INIT)
+    if INIT == "teacher":
+        student.load_state_dict(teacher.state_dict())
+    student.to(device, memory_format=torch.channels_last)
+    same = student.width == teacher.width
+    project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
+
+    def loss_of(step):
+        drawn, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
+        chosen = train[drawn]
+        # One view for both chips of a pair, or the teacher would speak of another picture.
+        eo_images = jitter(to_input(turn(eo[chosen], views), size, *eo_grey), JITTER)
+        seen = scaled(size, TRAIN_SCALES[step % len(TRAIN_SCALES)])
+        sar_images = to_input(turn(sar[chosen], views), seen, *sar_grey)
+        sar_images = jitter(speckle(sar_images, SPECKLE, *sar_grey), JITTER)
+        with torch.no_grad():
+            taught = teacher.features(eo_images.to(memory_format=torch.channels_last))
+            target = teacher.head(taught)
+        features = student.features(sar_images.to(memory_format=torch.channels_last))
+        logits = student.head(features)
+        loss = KL_WEIGHT * distillation_loss(logits, target, TEMPERATURE)
+        if FEATURE_WEIGHT:
+            loss = loss + FEATURE_WEIGHT * distillation_loss(project(features), taught, FEATURE_TEMPERATURE)
+        if LABEL_WEIGHT:
+            loss = loss + LABEL_WEIGHT * focal_loss(logits, labels[chosen], GAMMA)
+        return loss, logits, labels[chosen]
+
+    labelled = find_validation(root, pairs.classes)
+    checkpoint = source | {
+        "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
+        "grey": sar_grey, "data_root": root,
+    }  # fmt: skip
+    fit(
+        student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
+        epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
+        out_dir=OUT_DIR, checkpoint=checkpoint, also_trained=[project],
+    )  # fmt: skip
+    announce(OUT_DIR, "python finetune.py")
+
+
+if __name__ == "__main__":
+    run(main)
