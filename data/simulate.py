@@ -33,7 +33,7 @@ CLUTTER_PIXELS = 7.0  # size of the patches in which the ground's reflectivity v
 CLUTTER_DB = 3.6  # and by how much (standard deviation)
 COMPRESSION = 0.19  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
 GREY_OF_GRASS = 0.46
-THERMAL_NOISE = 0.06  # intensity against grass: what shadows are filled with
+THERMAL_NOISE = 0.04  # intensity against grass: what shadows are filled with
 OOD_SHARE = 0.28  # of the objects in validation and test scenes
 
 
@@ -49,8 +49,8 @@ MATERIALS = (
     Material(0.25, -5.0, -5.0, -30.0),
     Material(0.30, 2.0, 2.0, -30.0),
     Material(0.50, -2.0, 2.0, 8.0),
-    Material(0.50, -4.0, 0.0, 9.0),
-    Material(0.10, -5.0, -2.0, -3.0),
+    Material(0.50, -4.0, 2.0, 10.0),
+    Material(0.10, -5.0, 0.0, 0.0),
     Material(0.22, 1.0, 1.0, 5.0),
     Material(0.45, 4.0, 2.0, 9.0),
 )
@@ -74,18 +74,18 @@ def _cabin(front, rear, width, top):
     """A passenger cabin from `rear` to `front`: glass all around, a painted roof on it."""
     middle, length = (front + rear) / 2, front - rear
     return (Part(middle, 0, length, width, top - 0.1, GLASS),
-            Part(middle - 0.1, 0, 0.62 * length, width, top, PAINT))
+            Part(middle - 0.05, 0, length - 0.9, width, top, PAINT))
 
 
-_PICKUP = (Part(0, 0, 5.7, 1.95, 1.05, PAINT), *_cabin(1.2, -0.9, 1.7, 1.85),
-           Part(-1.9, 0, 1.7, 1.5, 0.7, DARK))
+_PICKUP = (Part(0, 0, 5.9, 2.0, 1.1, PAINT), *_cabin(1.4, -0.9, 1.7, 1.85),
+           Part(-1.9, 0, 1.8, 1.5, 0.7, DARK))
 
 # Noses point to +x. Sizes are those of common vehicles of each kind.
 VEHICLES = {
-    "sedan": (Part(0, 0, 4.7, 1.8, 0.95, PAINT), *_cabin(0.9, -1.7, 1.5, 1.45)),
-    "SUV": (Part(0, 0, 4.9, 1.95, 1.1, PAINT), *_cabin(1.0, -2.3, 1.7, 1.85)),
+    "sedan": (Part(0, 0, 4.6, 1.75, 0.9, PAINT), *_cabin(0.9, -1.6, 1.5, 1.4)),
+    "SUV": (Part(0, 0, 5.0, 2.05, 1.1, PAINT), *_cabin(1.1, -2.4, 1.8, 1.9)),
     "pickup_truck": _PICKUP,
-    "van": (Part(0, 0, 5.5, 2.0, 1.2, PAINT), *_cabin(2.0, -2.7, 1.9, 2.3)),
+    "van": (Part(0, 0, 5.7, 2.1, 1.2, PAINT), *_cabin(2.3, -2.8, 2.1, 2.4)),
     "box_truck": (Part(2.9, 0, 1.9, 2.1, 2.2, PAINT), Part(3.4, 0, 0.7, 1.9, 1.9, GLASS),
                   Part(-0.9, 0, 5.4, 2.4, 3.3, CARGO)),
     "motorcycle": (Part(0, 0, 2.1, 0.5, 0.9, DARK), Part(-0.2, 0, 0.6, 0.7, 1.4, PAINT),
@@ -124,7 +124,7 @@ STRANGER_DECK = ("tank", "excavator", "tractor", "aircraft", "containers", "buil
 
 def _instance(rng, parts):
     """One individual of a kind: its own size, proportions and paint."""
-    along, across, up = rng.normal(1.0, (0.06, 0.05, 0.06))
+    along, across, up = rng.normal(1.0, (0.045, 0.04, 0.05))
     light = rng.random() < 0.65
     tones = {PAINT: rng.uniform(0.15, 0.42) if light else rng.uniform(-0.38, -0.2),
              CARGO: rng.uniform(-0.2, 0.4)}
@@ -141,7 +141,7 @@ def _place(parts, x, y, heading):
 
 
 def _surroundings(rng):
-    """Road, trees, a neighbour or a wall: what happens to lie around the object."""
+    """Road, trees, a parked neighbour: what happens to lie around the object, as placed parts."""
     parts = []
     along = rng.uniform(0, np.pi)
     normal = along + np.pi / 2
@@ -222,29 +222,28 @@ def _wall_scatterers(parts, cell, along=16, up=6):
     """Sides that face the radar as points (x, y, z) with their power, each (points,).
 
     Every side has a slant return, spread over its height, and a flash at its foot, where side and
-    ground form a corner reflector. The flash is narrow in azimuth: it needs a side that looks
-    straight at the radar.
+    ground form a corner reflector. The flash needs a side that looks straight at the radar.
     """
     tall = [part for part in parts if part.top > 0.3]
     if not tall:
         return (np.empty(0),) * 4
+    # Axes of all arrays: part, its 4 sides, steps along the side, steps up the side.
     x, y, length, width, top, material, heading, _ = (
-        np.array(column)[:, None] for column in zip(*tall, strict=True))
-    _, _, wall_db, corner_db = np.array(MATERIALS).T[:, material]
-    normal = heading + np.pi / 2 * np.arange(4)  # (parts, 4 sides)
-    reach = np.where(np.arange(4) % 2, width, length) / 2 + cell  # a cell outside its own block
-    extent = np.where(np.arange(4) % 2, length, width)
+        np.array(column)[:, None, None, None] for column in zip(*tall, strict=True))
+    _, _, wall_db, corner_db = np.moveaxis(np.array(MATERIALS)[material], -1, 0)
+    turn = np.arange(4)[:, None, None]
+    normal = heading + np.pi / 2 * turn
+    depth, extent = np.where(turn % 2, (width, length), (length, width))
+    reach = depth / 2 + cell  # a cell outside its own block, which would hide it
+    step = extent * ((np.arange(along) + 0.5) / along - 0.5)[:, None]
+    climb = np.arange(up) / up  # the first point is the foot
     facing = np.maximum(-np.sin(normal), 0)
-    s = ((np.arange(along) + 0.5) / along - 0.5)[:, None]
-    z_share = np.arange(up) / up  # the first point is the foot
-    side = (..., None, None)
-    px = (x + reach * np.cos(normal))[side] - (extent * np.sin(normal))[side] * s + 0 * z_share
-    py = (y + reach * np.sin(normal))[side] + (extent * np.cos(normal))[side] * s + 0 * z_share
-    pz = top[side] * z_share + np.zeros_like(px)
-    area = (extent * top * facing)[side] / (along * up)
-    power = area * 10 ** (wall_db / 10)[side] + np.zeros_like(px)
-    power[..., 0] += (area * up * (10 ** (corner_db / 10) * facing**24)[side])[..., 0]
-    return px.ravel(), py.ravel(), pz.ravel(), power.ravel()
+    area = extent * top * facing / along
+    power = area * (10 ** (wall_db / 10) / up + 10 ** (corner_db / 10) * facing**12 * (climb == 0))
+    points = np.broadcast_arrays(x + reach * np.cos(normal) - step * np.sin(normal),
+                                 y + reach * np.sin(normal) + step * np.cos(normal),
+                                 top * climb, power)
+    return tuple(array.ravel() for array in points)
 
 
 def sar_chip(rng, parts, depression):
@@ -358,7 +357,8 @@ def _write_scenes(folder, reference, seed, names, scenes, progress):
     rng = np.random.default_rng(seed)
     number = int(rng.integers(100_000, 110_000))
     rows = ["image_id,class,OOD_flag"]
-    for scene, kinds in enumerate(_plan_scenes(rng, names, scenes)):
+    # From 1 on, since numpy takes [seed, split, 0] for the same seed as [seed, split].
+    for scene, kinds in enumerate(_plan_scenes(rng, names, scenes), start=1):
         number += int(rng.integers(150, 901))
         for frame, (kind, chip) in enumerate(
                 simulate_scene(np.random.default_rng([*seed, scene]), kinds)):

@@ -1,98 +1,181 @@
-"""Clusters of test chips, and the vote that gives every chip of a cluster the winner's label."""
+"""Clusters of test chips, and the vote that gives every chip of a cluster the winner's label.
+
+The frames of a scene are numbered in a row, and in two scenes of five two vehicles take turns in
+them. So the numbers give the scenes, and the features say which scenes to split:
+
+    names -> sequences;  features -> Fisher's axes -> halves of a sequence, kept or split -> ids
+"""
 
 import re
 from pathlib import PurePath
 
 import numpy as np
+from scipy.linalg import eigh
 from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
 
 BY = ("features", "sequence", "both", "none")
 HOW = ("hard", "soft")
-LARGE = 2000  # chips above which k-means works on mini-batches and silhouettes on a sample
-SPLIT = 0.25  # silhouette above which two halves of a sequence count as two vehicles
+
+LARGE = 1000  # chips above which clustering works on mini-batches and the silhouette on a sample
+PATCH = 5  # chips of a patch: so few neighbours in feature space that they show one vehicle
+AXES = 8  # Fisher's axes kept
+SHRINKAGE = 0.3  # of the scatter within patches towards a ball
+DOF = 5
+FLOOR = 1e-6  # variance on the unit sphere below which chips count as equal
+
+# A sequence is split where the silhouette of its halves reaches ...
+SPLIT_MIXED = 0.37  # ... this, if the halves take turns: one vehicle's halves hardly do
+SPLIT_APART = 0.70  # ... this, if not: a pose that turns evenly has 0.62 when cut in the middle
+MIXED = 0.6  # changes of half from frame to frame, 1 = as many as in random order
+FRAMES = 4  # the fewest frames that may count as mixed: one or two are outliers
 
 
 def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
-    """int64 [N] cluster ids 0..K-1."""
+    """Cluster ids of chips, int64 [N], 0..K-1 without holes.
+
+    features: float [N, D], averaged over the TTA views; L2-normalised here.
+    names: N file names or paths; the last run of digits in the stem is the chip's number.
+    by: "features" (k-means over all chips), "sequence" (chips whose sorted numbers are at most
+        `sequence_gap` apart), "both" (sequences, split where they hold more than one vehicle) or
+        "none" (each chip alone).
+    clusters: number of clusters for "features"; 0 takes one for five chips, 1000 at most.
+
+    The order of the chips does not matter, and the same input gives the same clusters.
+    Raises ValueError if `by` is unknown, if the lengths differ, or if a name without a number is
+    to be put into a sequence.
+    """
     if by not in BY:
-        raise ValueError(f"Clusters are made by {', '.join(BY)}, not by '{by}'.")
+        raise ValueError(f"Chips are clustered by one of {', '.join(BY)}, not by '{by}'.")
     features, names = np.asarray(features), np.asarray(names, dtype=str)
     if len(features) != len(names):
-        raise ValueError(f"{len(features)} rows of features but {len(names)} names: give one each.")
+        raise ValueError(f"There are {len(features)} rows of features but {len(names)} names.")
+    numbers = _numbers(names) if by in ("sequence", "both") else np.zeros(len(names), np.int64)
     if by == "none" or len(names) < 2:
         return np.arange(len(names))
-    # One canonical order first: seeded k-means would otherwise depend on the order of the input.
-    order = np.lexsort((features[:, 0], names))
-    unit = normalize(features[order])
+    # In one order whatever the input's: k-means starts from rows, Ward breaks ties by rows.
+    order = np.lexsort((features[:, 0], names, numbers))
+    features = normalize(features[order])
     if by == "features":
-        found = _k_means(unit, clusters)
+        found = _k_means(features, clusters or min(max(len(names) // PATCH, 1), LARGE))
     else:
-        found = _sequences(names[order], sequence_gap)
+        found = np.cumsum(np.diff(numbers[order], prepend=numbers[order[0]]) > sequence_gap)
         if by == "both":
-            found = _split(unit, found)
+            found = _split(features, found)
     ids = np.empty(len(names), np.int64)
     ids[order] = np.unique(found, return_inverse=True)[1]
     return ids
 
 
 def vote(logits, clusters, how="hard", min_share=0.0):
-    """int64 [N] labels."""
+    """Labels after the vote, int64 [N]: each chip takes the winner of its cluster.
+
+    logits: float [N, C]; clusters: int [N], any ids.
+    how: "hard" counts the chips' labels, "soft" sums their probabilities. Ties go to the label with
+        the higher summed probability. Only labels that some chip of the cluster has can win.
+    min_share: a cluster whose winner has less than this share (0..1) of the counted votes ("hard")
+        or of the summed probability ("soft") keeps the labels of its chips.
+    Raises ValueError if `how` is unknown.
+    """
     if how not in HOW:
-        raise ValueError(f"Votes are counted {' or '.join(HOW)}, not '{how}'.")
+        raise ValueError(f"Votes are counted in one of the ways {', '.join(HOW)}, not '{how}'.")
     logits = np.asarray(logits, np.float64)
     labels = logits.argmax(1)
-    _, clusters = np.unique(clusters, return_inverse=True)
+    ids, clusters = np.unique(clusters, return_inverse=True)
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
-    shape = (clusters.max(initial=-1) + 1, logits.shape[1])
-    counts, sums = np.zeros(shape), np.zeros(shape)
+
+    counts = np.zeros((len(ids), logits.shape[1]))
+    sums = np.zeros_like(counts)
     np.add.at(counts, (clusters, labels), 1)
     np.add.at(sums, clusters, probabilities)
     votes = counts if how == "hard" else np.where(counts > 0, sums, 0)
     winners = np.where(votes == votes.max(1, keepdims=True), sums, -1).argmax(1)
-    total = (counts if how == "hard" else sums).sum(1)
-    share = votes[np.arange(len(votes)), winners] / total
-    return np.where(share[clusters] >= min_share, winners[clusters], labels)
+    # counts.sum is the number of chips, which is what their probabilities sum to as well
+    shares = votes[np.arange(len(ids)), winners] / counts.sum(1)
+    return np.where(shares[clusters] >= min_share, winners[clusters], labels)
 
 
-def _sequences(names, gap):
+def _numbers(names):
+    """The last run of digits in each file's stem, int64 [N]."""
     numbers = np.empty(len(names), np.int64)
     for i, name in enumerate(names):
-        digits = re.findall(r"\d+", PurePath(name).stem)
+        digits = re.findall(r"[0-9]+", PurePath(name).stem)
         if not digits:
-            raise ValueError(f"'{name}' has no number in its name: cluster by 'features' instead.")
+            raise ValueError(f"'{name}' has no number in its name, so it belongs to no sequence: "
+                             "cluster by 'features' instead.")
         numbers[i] = int(digits[-1])
-    order = np.argsort(numbers, kind="stable")
-    ids = np.empty(len(names), np.int64)
-    ids[order] = np.cumsum(np.diff(numbers[order], prepend=numbers[order[0]]) > gap)
-    return ids
-
-
-def _split(features, sequences):
-    ids, count = np.zeros(len(features), np.int64), 0
-    todo = [np.flatnonzero(sequences == s) for s in np.unique(sequences)]
-    while todo:
-        chips = todo.pop()
-        halves = _halves(features[chips])
-        if halves is None:
-            ids[chips], count = count, count + 1
-        else:
-            todo += [chips[halves == 0], chips[halves == 1]]
-    return ids
-
-
-def _halves(x):
-    if len(x) < 6:
-        return None
-    halves = AgglomerativeClustering(2).fit_predict(x)
-    if min(np.bincount(halves)) < 3 or silhouette_score(x, halves) < SPLIT:
-        return None
-    return halves
+    return numbers
 
 
 def _k_means(features, clusters):
-    k = min(clusters or round(len(features) ** 0.5), len(features))
+    """Labels of `clusters` clusters at most, int [N]."""
     model = KMeans if len(features) <= LARGE else MiniBatchKMeans
-    return model(k, random_state=0, n_init=3).fit_predict(features)
+    model = model(min(clusters, len(features)), n_init=3, random_state=0)
+    return model.fit_predict(features)
+
+
+def _cut(features, clusters):
+    """Labels of a few chips by Ward's method, of many by k-means, int [N]."""
+    if len(features) > LARGE:
+        return _k_means(features, clusters)
+    return AgglomerativeClustering(clusters, linkage="ward").fit_predict(features)
+
+
+def _split(features, sequences):
+    """Cluster ids, int64 [N]: sequences cut in two for as long as the halves are two vehicles.
+
+    The chips come sorted by number, `sequences` holds their sequence's id.
+    """
+    starts = np.flatnonzero(np.diff(sequences)) + 1
+    todo = np.split(np.arange(len(features)), starts)
+    features = _fisher(features, todo)
+    ids, count = np.empty(len(features), np.int64), 0
+    while todo:
+        chips = todo.pop()
+        halves = _cut(features[chips], 2) if len(chips) >= 4 else np.zeros(len(chips), np.int64)
+        if _are_two(features[chips], halves):
+            todo += [chips[halves == 0], chips[halves == 1]]
+        else:
+            ids[chips], count = count, count + 1
+    return ids
+
+
+def _fisher(features, sequences):
+    """Features [N, <= AXES] along which the chips differ most, in units of the spread in a patch.
+
+    A patch is a handful of neighbours within a sequence, so its scatter is what speckle does to one
+    vehicle; pooled over all sequences, it is known far better than one sequence could tell
+    (Fisher 1936: the axes maximise total over within-patch variance).
+    """
+    within = np.zeros_like(features)
+    for chips in sequences:
+        patches = min(max(len(chips) // PATCH, 2), LARGE // PATCH)
+        patch = _cut(features[chips], patches) if len(chips) > patches else np.arange(len(chips))
+        for one in np.unique(patch):
+            rows = chips[patch == one]
+            within[rows] = features[rows] - features[rows].mean(0)
+    features = features - features.mean(0)
+    total, scatter = (x.T @ x / len(x) for x in (features, within))
+    shrinkage = SHRINKAGE * (1 + DOF * len(total) / len(features))
+    ball = shrinkage * np.trace(scatter) / len(scatter) + FLOOR
+    kept = [max(len(total) - AXES, 0), len(total) - 1]
+    axes = eigh(total, scatter + ball * np.eye(len(total)), subset_by_index=kept)[1]
+    return np.round(features @ axes, 3)  # equal chips stay equal: rounding errors are no vehicle
+
+
+def _are_two(features, halves):
+    """Whether two halves of a sequence, sorted by number, show two vehicles."""
+    shares = np.bincount(halves) / len(halves)
+    if len(shares) < 2 or shares.min() * len(halves) < 2:
+        return False
+    expected = 1 - (shares ** 2).sum()
+    mixed = np.mean(halves[1:] != halves[:-1]) > MIXED * expected
+    enough = shares.min() * len(halves) > FRAMES - 0.5
+    needed = SPLIT_MIXED if mixed and enough else SPLIT_APART
+    step = -(-len(halves) // LARGE)
+    sample = halves[::step]
+    if len(np.unique(sample)) < 2:
+        return False
+    return silhouette_score(features[::step], sample) >= needed

@@ -25,7 +25,8 @@ def scenes(rng, vehicles, dimensions=64, distance=2.5, drift=1.0, frames=(8, 20)
     for count in vehicles:
         lengths = rng.integers(*frames, count)
         numbers = number + rng.permutation(lengths.sum())
-        names += [f"Gotcha{n}.png" for n in numbers]
+        turns = np.split(numbers, np.cumsum(lengths)[:-1])  # whose frame it is changes at random
+        names += [f"Gotcha{n}.png" for turn in turns for n in np.sort(turn)]
         number += lengths.sum() + gap
         for kind, length in zip(rng.choice(8, count, replace=False), lengths, strict=True):
             phase = rng.uniform(0, 2 * np.pi) + np.sort(rng.uniform(0, np.pi, length))

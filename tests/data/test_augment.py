@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from data.augment import jitter, speckle, to_input, turn
+
+
+def test_all_eight_views_each_chip_its_own():
+    chip = torch.arange(25, dtype=torch.uint8).view(5, 5)
+    turned = turn(chip.expand(8, 5, 5), torch.arange(8))
+    assert turned.dtype == torch.uint8
+    for view in range(8):
+        base = np.fliplr(chip.numpy()) if view >= 4 else chip.numpy()
+        np.testing.assert_array_equal(turned[view], np.rot90(base, view % 4))
+    assert len({t.numpy().tobytes() for t in turned}) == 8
+
+
+def test_same_geometry_on_both_sides_of_a_pair():
+    # A bright corner marks the pose on chips of either size.
+    eo, sar = torch.zeros(8, 32, 32), torch.zeros(8, 56, 56)
+    eo[:, :4, :8], sar[:, :7, :14] = 1.0, 1.0
+    views = torch.tensor([3, 1, 4, 0, 7, 2, 6, 5])
+    small, large = turn(eo, views), turn(sar, views)
+    shrunk = torch.nn.functional.adaptive_avg_pool2d(large[:, None], 8)[:, 0]
+    torch.testing.assert_close(shrunk, torch.nn.functional.adaptive_avg_pool2d(small[:, None], 8)[:, 0])
+
+
+@pytest.mark.parametrize("size", [32, 56, 64])
+def test_to_input_resizes_and_normalises(size):
+    chips = torch.randint(0, 256, (6, 56, 56), dtype=torch.uint8)
+    images = to_input(chips, size, 0.4, 0.12)
+    assert images.shape == (6, 1, size, size) and images.dtype == torch.float32
+    if size == 56:
+        torch.testing.assert_close(images[:, 0], (chips / 255 - 0.4) / 0.12)
+    flat = to_input(torch.full((1, 56, 56), 102, dtype=torch.uint8), size, 0.4, 0.12)
+    torch.testing.assert_close(flat, torch.zeros_like(flat), atol=1e-5, rtol=0)
+
+
+def test_jitter_is_affine_and_each_chip_has_its_own():
+    torch.manual_seed(0)
+    images = torch.randn(64, 1, 8, 8)
+    changed = jitter(images, 0.3)
+    shift = changed.mean((1, 2, 3)) - images.mean((1, 2, 3))
+    contrast = changed.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert contrast.min() >= 0.7 - 1e-5 and contrast.max() <= 1.3 + 1e-5
+    assert contrast.unique().numel() == 64 and shift.std() > 0.1
+    assert torch.equal(jitter(images, 0.0), images)
+
+
+def test_speckle_is_multiplicative():
+    torch.manual_seed(0)
+    mean, std = 0.4, 0.12
+    chips = torch.tensor([0, 60, 120, 240], dtype=torch.uint8)[:, None, None].expand(4, 100, 100)
+    grey = speckle(to_input(chips, 100, mean, std), 0.1, mean, std) * std + mean
+    torch.testing.assert_close(grey.mean((1, 2, 3)), chips[:, 0, 0] / 255, atol=0.002, rtol=0)
+    torch.testing.assert_close(grey.std((1, 2, 3)), 0.1 * chips[:, 0, 0] / 255, atol=0.001, rtol=0)

@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.errors import DataError
+from data.layouts import (
+    OFFICIAL_CLASSES,
+    find_chips,
+    find_pairs,
+    find_reference,
+    find_test,
+    find_validation,
+    image_ids,
+    read_labelled,
+)
+
+
+def chip(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(path)
+
+
+def pairs_in(root, eo, sar, classes=("bus", "sedan", "SUV")):
+    for name in classes:
+        for i in range(3):
+            chip(root / eo / name / f"{name}_{i}.png")
+            chip(root / sar / name / f"{name}_{i}.png")
+
+
+@pytest.mark.parametrize(
+    "eo, sar", [("train/EO_Train", "train/SAR_Train"), ("EO_Train", "SAR_Train"), ("EO", "SAR")]
+)
+def test_folder_layouts_in_official_order(tmp_path, eo, sar):
+    pairs_in(tmp_path, eo, sar)
+    pairs = find_pairs(tmp_path)
+    assert pairs.classes == ("sedan", "SUV", "bus") and pairs.class_ids == (0, 1, 7)
+    assert pairs.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for left, right, label in zip(pairs.eo, pairs.sar, pairs.labels, strict=True):
+        assert left.stem == right.stem and left.parent.name == pairs.classes[label]
+        assert left.is_relative_to(tmp_path / eo) and right.is_relative_to(tmp_path / sar)
+
+
+def test_release_of_2021(tmp_path):
+    for label in range(10):
+        for number in (1, 12):
+            chip(tmp_path / "train_images" / str(label) / f"EO_{number}.png")
+            chip(tmp_path / "train_images" / str(label) / f"SAR_{number}.png")
+    chip(tmp_path / "test_images" / "-1" / "SAR_77.png")
+    pairs = find_pairs(tmp_path)
+    assert pairs.classes == OFFICIAL_CLASSES and pairs.class_ids == tuple(range(10))
+    assert [p.name for p in pairs.eo[:2]] == ["EO_1.png", "EO_12.png"]
+    assert [p.name for p in pairs.sar[:2]] == ["SAR_1.png", "SAR_12.png"]
+    assert [int(p.parent.name) for p in pairs.sar] == pairs.labels.tolist()
+    assert image_ids(find_chips(find_test(tmp_path))) == ["77"]
+
+
+def test_other_classes_are_alphabetical_and_can_be_ordered(tmp_path):
+    pairs_in(tmp_path, "EO", "SAR", ("T72", "2S1", "D7"))
+    assert find_pairs(tmp_path).classes == ("2S1", "D7", "T72")
+    chosen = find_pairs(tmp_path, ("T72", "D7", "2S1"))
+    assert chosen.classes == ("T72", "D7", "2S1") and chosen.class_ids == (0, 1, 2)
+    assert [p.parent.name for p in chosen.eo[:3]] == ["T72"] * 3
+    with pytest.raises(DataError, match="CLASSES"):
+        find_pairs(tmp_path, ("T72", "D7"))
+
+
+def test_sides_that_do_not_match(tmp_path):
+    pairs_in(tmp_path, "EO", "SAR")
+    (tmp_path / "SAR" / "bus" / "bus_1.png").unlink()
+    with pytest.raises(DataError, match=r"class bus: 1 EO chips without SAR \(bus_1\)"):
+        find_pairs(tmp_path)
+
+
+def test_missing_roots_and_empty_classes(tmp_path):
+    with pytest.raises(DataError, match="DATA_ROOT"):
+        find_pairs(tmp_path / "none")
+    with pytest.raises(DataError, match="holds none of"):
+        find_pairs(tmp_path)
+    pairs_in(tmp_path, "EO", "SAR")
+    (tmp_path / "EO" / "van").mkdir()
+    with pytest.raises(DataError, match="van holds no chips"):
+        find_pairs(tmp_path)
+
+
+def test_other_files_are_left_aside(tmp_path):
+    for name in ("Gotcha9.PNG", "Gotcha10.png", "Gotcha8.JPG"):
+        chip(tmp_path / name)
+    for name in ("._Gotcha9.png", "Thumbs.db", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in find_chips(tmp_path)] == ["Gotcha8.JPG", "Gotcha9.PNG", "Gotcha10.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no chips"):
+        find_chips(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("written", ["Gotcha{}", "{}", "Gotcha{}.png"])
+def test_reference(tmp_path, written):
+    for number in (5, 17, 300):
+        chip(tmp_path / "val" / f"Gotcha{number}.png")
+    rows = [f"{written.format(n)},{c},{o}" for n, c, o in ((17, "bus", 0), (5, "nothing", 1), (300, "0", 0))]
+    text = "\ufeff" + "\r\n".join(["image_id,class,OOD_flag", *rows, ""])
+    (tmp_path / "val" / "validation_reference.csv").write_bytes(text.encode())
+    found = find_validation(tmp_path, ("sedan", "bus"))
+    assert [p.stem for p in found.paths] == ["Gotcha5", "Gotcha17", "Gotcha300"]
+    assert found.labels.tolist() == [-1, 1, 0] and found.ood.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["Gotcha1,bus,0"], "no row for 1 chips: Gotcha2.png"),
+        (["Gotcha1,bus,0", "Gotcha2,bus,0", "Gotcha3,bus,0"], "names 1 chips that are not there: 3"),
+        (["Gotcha1,bus,0", "Gotcha1,bus,0"], "Gotcha1 stands there twice"),
+        (["Gotcha1,boat,0"], "unknown class 'boat'"),
+    ],
+)
+def test_wrong_references(tmp_path, rows, message):
+    paths = [tmp_path / f"Gotcha{n}.png" for n in (1, 2)]
+    (tmp_path / "r.csv").write_text("\n".join(["image_id,class,OOD_flag", *rows]))
+    with pytest.raises(DataError, match=message):
+        read_labelled(paths, find_reference(tmp_path), ("sedan", "bus"))
+
+
+def test_image_ids():
+    assert image_ids([Path("Gotcha17.png"), Path("SAR_42.png"), Path("100.PNG")]) == ["17", "42", "100"]
+    assert image_ids([Path("2S1_0001.png"), Path("other.png")]) == ["2S1_0001", "other"]
+    assert image_ids([Path("SAR_1.png"), Path("EO_1.png")]) == ["SAR_1", "EO_1"]

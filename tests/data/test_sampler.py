@@ -1,0 +1,62 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from data.sampler import BalancedStream, WeightedStream, stratified_split
+
+LABELS = np.repeat([0, 1, 2, 4], [500, 120, 30, 3])  # class 3 has no chips
+SHUFFLED = np.random.default_rng(5).permutation(LABELS)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_weighted_stream_draws_by_count_to_the_minus_balance(balance):
+    stream = WeightedStream(SHUFFLED, 200, balance, seed=1)
+    drawn = np.concatenate([stream.batch(step)[0] for step in range(200)])
+    weight = np.bincount(SHUFFLED)[SHUFFLED] ** -balance
+    expected = len(drawn) * weight / weight.sum()
+    assert chisquare(np.bincount(drawn, minlength=len(SHUFFLED)), expected).pvalue > 1e-3
+
+
+def test_all_views_equally_often():
+    stream = WeightedStream(SHUFFLED, 200, 1.0, seed=2)
+    views = np.concatenate([stream.batch(step)[1] for step in range(100)])
+    assert chisquare(np.bincount(views, minlength=8)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda s: WeightedStream(SHUFFLED, 7, 0.5, s), lambda s: BalancedStream(SHUFFLED, 7, s)])
+def test_a_batch_depends_on_seed_and_step_alone(make):
+    one, two = make(3), make(3)
+    ahead = [one.batch(step) for step in range(40)]
+    for step in (39, 0, 17, 3):
+        np.testing.assert_array_equal(two.batch(step), ahead[step])
+    assert not np.array_equal(make(4).batch(0), ahead[0])
+    assert not np.array_equal(ahead[1], ahead[0])
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 10, 64, 1000])
+def test_balanced_batches(batch_size):
+    stream = BalancedStream(SHUFFLED, batch_size, seed=0)
+    seen = []
+    for step in range(30):
+        indices, views = stream.batch(step)
+        assert indices.shape == views.shape == (batch_size,) and views.min() >= 0 and views.max() < 8
+        counts = np.bincount(SHUFFLED[indices], minlength=5)[[0, 1, 2, 4]]
+        assert counts.max() - counts.min() <= 1
+        seen += indices.tolist()
+    # Within a class every chip comes once before any comes twice.
+    for label in (0, 1, 2, 4):
+        chips = set(np.flatnonzero(SHUFFLED == label).tolist())
+        mine = [i for i in seen if i in chips]
+        counts = Counter(mine)
+        assert max(counts.values()) - min(counts[i] for i in chips) <= 1
+
+
+def test_split_is_stratified_stable_and_disjoint():
+    train, held = stratified_split(SHUFFLED, 0.1)
+    assert sorted([*train, *held]) == list(range(len(SHUFFLED)))
+    assert Counter(SHUFFLED[held].tolist()) == {0: 50, 1: 12, 2: 3, 4: 1}
+    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, 0.1)[1])
+    assert len(stratified_split(SHUFFLED, 0.0)[1]) == 0
+    assert len(stratified_split(np.array([0, 0, 1]), 0.5)[1]) == 1  # never a class's last chip

@@ -1,0 +1,100 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.errors import DataError
+from data.store import ChipStore, decode, grey_statistics, open_store
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (12, 12), dtype=np.uint8)
+
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_every_kind_of_file_gives_the_same_grey(tmp_path):
+    grey = Image.fromarray(LEVELS)
+    palette = Image.fromarray(255 - LEVELS).convert("P")
+    palette.putpalette([255 - i for i in range(256) for _ in range(3)])
+    alpha = grey.convert("RGBA")
+    alpha.putalpha(128)
+    files = [
+        save(tmp_path / "l.png", grey),
+        save(tmp_path / "rgb.png", grey.convert("RGB")),
+        save(tmp_path / "rgba.png", alpha),
+        save(tmp_path / "la.png", grey.convert("LA")),
+        save(tmp_path / "p.png", palette),
+        save(tmp_path / "i16.png", Image.fromarray(LEVELS.astype(np.uint16) * 257)),
+        save(tmp_path / "l.tif", grey),
+        save(tmp_path / "L.BMP", grey),
+    ]
+    for path in files:
+        np.testing.assert_array_equal(decode(path), LEVELS, err_msg=path.name)
+
+
+def test_store_is_made_once_and_again_when_a_file_changes(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(np.roll(LEVELS, i, 0))) for i in range(5)]
+    first = open_store(paths, tmp_path / "store")
+    made = list((tmp_path / "store").iterdir())
+    stamp = made[0].stat().st_mtime_ns
+    np.testing.assert_array_equal(first, [np.roll(LEVELS, i, 0) for i in range(5)])
+    open_store(paths, tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == made and made[0].stat().st_mtime_ns == stamp
+    save(paths[2], Image.fromarray(255 - LEVELS))
+    os.utime(paths[2], ns=(1, 1))
+    again = open_store(paths, tmp_path / "store")
+    np.testing.assert_array_equal(again[2], 255 - LEVELS)
+    assert len(list((tmp_path / "store").iterdir())) == 1  # the old one is gone
+
+
+def test_sizes_are_brought_to_the_most_common(tmp_path):
+    sizes = [(56, 56), (57, 57), (56, 56), (58, 40)]
+    paths = [
+        save(tmp_path / f"{i}.png", Image.fromarray(np.full(s, 50 + i, np.uint8)))
+        for i, s in enumerate(sizes)
+    ]
+    chips = open_store(paths, tmp_path / "store")
+    assert chips.shape == (4, 56, 56) and chips.dtype == np.uint8
+    assert [int(c.mean()) for c in chips] == [50, 51, 52, 53]
+
+
+def test_many_files_keep_their_order_across_workers(tmp_path):
+    paths = []
+    for i in range(2100):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(np.array([[i % 251, i // 251]], np.uint8).repeat(2, 0)).save(paths[-1])
+    chips = open_store(paths, tmp_path / "store")
+    assert chips[:, 0, 0].tolist() == [i % 251 for i in range(2100)]
+    assert chips[:, 0, 1].tolist() == [i // 251 for i in range(2100)]
+
+
+def test_bad_files_are_all_named_and_leave_no_store(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(LEVELS)) for i in range(4)]
+    paths[1].write_bytes(b"")
+    paths[3].write_bytes(paths[0].read_bytes()[:60])
+    with pytest.raises(DataError, match=r"2 files.*1\.png.*3\.png"):
+        open_store(paths, tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_grey_statistics_leave_empty_chips_out():
+    chips = np.random.default_rng(1).integers(0, 256, (50, 8, 8), dtype=np.uint8)
+    chips[::10] = 0
+    mean, std = grey_statistics(chips, np.arange(50))
+    full = np.delete(chips, range(0, 50, 10), 0) / 255
+    assert mean == pytest.approx(full.mean()) and std == pytest.approx(full.std())
+    with pytest.raises(DataError, match="empty"):
+        grey_statistics(np.zeros((3, 8, 8), np.uint8), np.arange(3))
+
+
+def test_chip_store_gathers_and_cuts():
+    chips = np.random.default_rng(2).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    store = ChipStore(chips, torch.device("cpu"))
+    np.testing.assert_array_equal(store[torch.tensor([4, 19, 4])], chips[[4, 19, 4]])
+    part = store.subset(torch.tensor([3, 5]))
+    assert len(part) == 2 and len(store) == 20
+    np.testing.assert_array_equal(part[0:2], chips[[3, 5]])

@@ -1,0 +1,46 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.distillation import distillation_loss
+
+G = torch.Generator().manual_seed(1)
+STUDENT, TEACHER = torch.randn(2, 16, 7, generator=G, dtype=torch.float64)
+
+
+def test_zero_for_equal_logits():
+    assert distillation_loss(TEACHER, TEACHER, 3.0).abs() < 1e-12
+    assert distillation_loss(TEACHER + 5.0, TEACHER, 3.0).abs() < 1e-12  # same distribution
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_equals_torch_and_formula(temperature):
+    p, q = (TEACHER / temperature).softmax(1), (STUDENT / temperature).softmax(1)
+    by_hand = temperature**2 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, temperature), by_hand)
+    by_torch = temperature**2 * F.kl_div(q.log(), p, reduction="batchmean")
+    torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, temperature), by_torch)
+
+
+def test_gradient_keeps_its_size_with_temperature():
+    # At high T the gradient tends to (student - teacher) / classes, centred: independent of T.
+    sizes = []
+    for temperature in (50.0, 100.0):
+        student = STUDENT.clone().requires_grad_()
+        distillation_loss(student, TEACHER, temperature).backward()
+        sizes.append(student.grad.norm())
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=0.05, atol=0)
+
+
+def test_no_gradient_into_the_teacher():
+    student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
+    distillation_loss(student, teacher).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits_stay_finite(dtype):
+    student = torch.tensor([[1e4, -1e4], [0.0, 0.0]], dtype=dtype, requires_grad=True)
+    loss = distillation_loss(student, torch.tensor([[-1e4, 1e4], [1e4, 0.0]], dtype=dtype), 2.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()

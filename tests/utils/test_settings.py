@@ -1,0 +1,50 @@
+import pytest
+
+from utils.settings import SettingError, parse, read_settings
+
+
+def script():
+    return {
+        "EPOCHS": 3, "RATE": 0.1, "RESUME": True, "NAME": "a", "SCALES": (1.0, 2.0), "TURNS": (0, 90),
+        "CLASSES": (), "lower": 1, "__doc__": "",
+    }  # fmt: skip
+
+
+def test_overrides_take_the_constants_type():
+    names = script()
+    arguments = ["EPOCHS=5", "RATE=1", "RESUME=false", "NAME=x=y", "SCALES=0.5,1", "TURNS=(0,)", "CLASSES=a,b"]
+    settings = read_settings(names, arguments)
+    assert settings == {
+        "EPOCHS": 5, "RATE": 1.0, "RESUME": False, "NAME": "x=y", "SCALES": (0.5, 1.0), "TURNS": (0,),
+        "CLASSES": ("a", "b"),
+    }  # fmt: skip
+    assert names["EPOCHS"] == 5 and type(settings["RATE"]) is float and names["lower"] == 1
+
+
+def test_defaults_are_printed(capsys):
+    read_settings(script(), [])
+    assert "EPOCHS = 3\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("EPOCH=3", "no constant EPOCH; the nearest is EPOCHS"),
+        ("epochs=3", "the nearest is EPOCHS"),
+        ("EPOCHS=many", "EPOCHS is a whole number, not 'many'"),
+        ("EPOCHS=1.5", "EPOCHS is a whole number"),
+        ("EPOCHS=", "EPOCHS is a whole number"),
+        ("RATE=fast", "RATE is a number"),
+        ("RESUME=maybe", "RESUME is True or False"),
+        ("TURNS=0,x", "TURNS is a whole number"),
+        ("EPOCHS", "write NAME=VALUE"),
+        ("EPOCHS=__import__('os').getcwd()", "EPOCHS is a whole number"),
+    ],
+)
+def test_wrong_settings(argument, message):
+    with pytest.raises(SettingError, match=message.replace("(", r"\(")):
+        read_settings(script(), [argument])
+
+
+def test_strings_are_taken_as_they_are():
+    assert parse("ROOT", "../a b/[c]", "") == "../a b/[c]"

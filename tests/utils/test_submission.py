@@ -1,0 +1,25 @@
+import csv
+import io
+import zipfile
+
+from utils.submission import write_submission
+
+
+def test_read_back_by_an_independent_reader(tmp_path):
+    path = write_submission(tmp_path / "out", ["17", "5"], [7, 0], [1.25, -3.5], 0.0125, False, "words, here")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["results.csv", "readme.txt"]
+        rows = list(csv.DictReader(io.TextIOWrapper(archive.open("results.csv"), "utf-8")))
+        readme = archive.read("readme.txt").decode().splitlines()
+    assert list(rows[0]) == ["image_id", "class_id", "score"]
+    assert [(r["image_id"], int(r["class_id"]), float(r["score"])) for r in rows] == [
+        ("17", 7, 1.25),
+        ("5", 0, -3.5),
+    ]
+    assert readme == [
+        "runtime per image [s] : 0.012500",
+        "CPU[1] / GPU[0] : 1",
+        "Extra Data [1] / No Extra Data [0] : 0",
+        "Other description : words, here",
+    ]
+    assert (tmp_path / "out" / "results.csv").exists()
