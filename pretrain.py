@@ -14,7 +14,6 @@ from data.simulate import ensure_demo
 from data.store import ChipStore, grey_statistics, open_store
 from models.backbone import Classifier
 from models.focal import focal_loss
-from utils.checkpoint import FORMAT
 from utils.predict import scaled
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
@@ -37,7 +36,7 @@ WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
 CLIP = 1.0  # largest norm of the gradient; 0 = no limit
 EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy, higher counts easy chips less
-CLASS_WEIGHTS = ()  # alpha of the focal loss, one per class; empty = 1
+CLASS_WEIGHTS = (1.0,)  # alpha of the focal loss: one for all, or one per class
 BALANCE = 0.5  # chips drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
 JITTER = 0.3  # random contrast and brightness, in standard deviations of the grey level
 SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
@@ -57,16 +56,17 @@ def main():
     ensure_demo(DATA_ROOT)
     pairs = find_pairs(DATA_ROOT, CLASSES)
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION)
-    check(len(CLASS_WEIGHTS) in (0, len(pairs.classes)), f"CLASS_WEIGHTS needs {len(pairs.classes)} numbers")
+    classes = len(pairs.classes)
+    check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
     chips = open_store(pairs.eo if SENSOR == "EO" else pairs.sar, STORE_DIR)
     mean, std = grey_statistics(chips, train)
     store, labels = ChipStore(chips, device), torch.from_numpy(pairs.labels).to(device)
     stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
     train = torch.from_numpy(train).to(device)
 
-    model = Classifier(BACKBONE, len(pairs.classes), IMAGE_SIZE, WEIGHTS)
+    model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last)
-    alpha = torch.tensor(CLASS_WEIGHTS, device=device) if CLASS_WEIGHTS else None
+    alpha = torch.tensor(CLASS_WEIGHTS, device=device).expand(classes)
 
     def loss_of(step):
         drawn, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
@@ -80,10 +80,9 @@ def main():
     # Only SAR has labelled validation chips; without them a part of the pairs serves.
     labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None
     checkpoint = {
-        "format": FORMAT, "stage": "pretrain", "sensor": SENSOR, "settings": settings,
-        "backbone": BACKBONE, "image_size": IMAGE_SIZE, "classes": pairs.classes,
-        "class_ids": pairs.class_ids, "grey": (mean, std), "data_root": DATA_ROOT,
-        "val_fraction": VAL_FRACTION,
+        "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
+        "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,
+        "grey": (mean, std), "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     fit(
         model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),

@@ -32,7 +32,7 @@ ROTATIONS = (0, 90, 180, 270)  # degrees, of the views, each also flipped; (0,) 
 SCALES = (0.875, 1.0, 1.125)  # of the views, relative to the input size; best those trained on
 TTA = True  # False predicts from each chip as it is
 CLUSTER_BY = "both"  # "features", "sequence" (of file numbers), "both", or "none"
-CLUSTERS = 0  # number of clusters of "features"; 0 = from the data
+CLUSTERS = 0  # number of clusters of "features"; 0 = one for five chips, at most 1000
 SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
 VOTE = "hard"  # "hard" counts labels, "soft" sums probabilities
 VOTE_MIN_SHARE = 0.0  # a cluster whose winner has a smaller share of the vote stays as it is

@@ -28,12 +28,15 @@ EO_PIXELS, SAR_PIXELS = 32, 56
 CHIP_METRES = 15.0  # ground width of a chip, the same for both sensors
 MARGIN_PIXELS = 4  # drawn around a SAR chip, then cut off: what lies there throws shadow inside
 EO_OVERSAMPLING, SAR_OVERSAMPLING = 3, 2  # grid cells per pixel, along each axis
-SPECKLE_PIXELS = 1.25  # blur of the complex SAR image: the resolution of the radar
-CLUTTER_PIXELS = 7.0  # size of the patches in which the ground's reflectivity varies
-CLUTTER_DB = 3.6  # and by how much (standard deviation)
-COMPRESSION = 0.19  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
-GREY_OF_GRASS = 0.46
-THERMAL_NOISE = 0.04  # intensity against grass: what shadows are filled with
+SPECKLE_PIXELS = 1.22  # blur of the complex SAR image: the resolution of the radar
+CLUTTER_PIXELS = 7.0, 3.5  # size (y, x) of the patches in which the ground's reflectivity varies
+CLUTTER_DB = 3.0  # and by how much (standard deviation)
+COMPRESSION = 0.185  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
+GREY_OF_GRASS = 0.47
+THERMAL_NOISE = 0.03  # intensity against grass: what shadows are filled with
+GAIN_BELS = 0.1  # spread of the receiver's gain over chips
+DEPRESSION = 0.7, 0.06  # mean and spread over scenes
+OFF_CENTRE = 0.4  # metres, how well a vehicle is centred in its chip
 OOD_SHARE = 0.28  # of the objects in validation and test scenes
 
 
@@ -118,8 +121,8 @@ STRANGERS = {
 }
 KINDS = VEHICLES | STRANGERS
 # Dealt round by round, so that each kind comes about as often as it stands here.
-STRANGER_DECK = ("tank", "excavator", "tractor", "aircraft", "containers", "building", "tank",
-                 "tractor", "clutter", "building", "excavator", "clutter", "empty")
+STRANGER_DECK = ("tank",) * 3 + ("aircraft",) * 3 + ("building",) * 3 + ("excavator",) * 2 + (
+    "tractor", "containers", "clutter", "empty")
 
 
 def _instance(rng, parts):
@@ -154,7 +157,7 @@ def _surroundings(rng):
         parts.append(Part(distance * np.cos(bearing), distance * np.sin(bearing),
                           *rng.uniform(2, 5, 2), rng.uniform(1, 4), FOLIAGE,
                           rng.uniform(0, np.pi), rng.normal(0, 0.06)))
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         neighbour = _instance(rng, VEHICLES[CLASSES[rng.integers(4)]])
         side, shift = rng.choice((-1, 1)) * rng.uniform(4.0, 7.5), rng.normal(0, 3)
         parts += _place(neighbour, side * np.cos(normal) + shift * np.cos(along),
@@ -181,10 +184,10 @@ def _rasterise(parts, cells, metres):
 
 
 def _low_pass(field, sigma):
-    """Gaussian blur by `sigma` pixels, the edges wrapped around."""
-    frequency = np.fft.fftfreq(len(field))
-    gain = np.exp(-2 * (np.pi * sigma * frequency) ** 2)
-    return np.fft.ifft2(np.fft.fft2(field) * np.outer(gain, gain))
+    """Gaussian blur by `sigma` pixels (one number, or along y and along x), edges wrapped."""
+    frequency = np.pi * np.fft.fftfreq(len(field))
+    gain_y, gain_x = (np.exp(-2 * (s * frequency) ** 2) for s in np.broadcast_to(sigma, 2))
+    return np.fft.ifft2(np.fft.fft2(field) * np.outer(gain_y, gain_x))
 
 
 def _smooth_noise(rng, pixels, sigma):
@@ -246,10 +249,8 @@ def _wall_scatterers(parts, cell, along=16, up=6):
     return tuple(array.ravel() for array in points)
 
 
-def sar_chip(rng, parts, depression):
-    """Image parts by radar at a depression angle (radians). Returns uint8 of shape (56, 56)."""
-    pixels = SAR_PIXELS + 2 * MARGIN_PIXELS
-    pixel = CHIP_METRES / SAR_PIXELS
+def _backscatter(parts, depression, pixels, pixel):
+    """Mean intensity in radar geometry, against grass: layover and shadow, (pixels, pixels)."""
     metres, cells, cell = pixels * pixel, pixels * SAR_OVERSAMPLING, pixel / SAR_OVERSAMPLING
     height, material, _ = _rasterise(parts, cells, metres)
     x, y, z, power = (np.concatenate(pair) for pair in zip(
@@ -268,14 +269,22 @@ def sar_chip(rng, parts, depression):
     # What stands high is nearer to the radar than its foot: it is laid over towards smaller y.
     row = np.clip(((y - z * slope + metres / 2) / pixel).astype(int), 0, pixels - 1)
     column = column // SAR_OVERSAMPLING
-    image = np.bincount(row * pixels + column, power * lit, pixels**2).reshape(pixels, pixels)
-    clutter_db = CLUTTER_DB * _smooth_noise(rng, pixels, CLUTTER_PIXELS)
-    intensity = image / pixel**2 * 10 ** (clutter_db / 10) + THERMAL_NOISE
+    image = np.bincount(row * pixels + column, power * lit, pixels**2)
+    return image.reshape(pixels, pixels) / pixel**2
 
+
+def sar_chip(rng, parts, depression):
+    """Image parts by radar at a depression angle (radians). Returns uint8 of shape (56, 56)."""
+    pixels = SAR_PIXELS + 2 * MARGIN_PIXELS
+    clutter_db = CLUTTER_DB * _smooth_noise(rng, pixels, CLUTTER_PIXELS)
+    intensity = _backscatter(parts, depression, pixels, CHIP_METRES / SAR_PIXELS)
+    intensity = intensity * 10 ** (clutter_db / 10) + THERMAL_NOISE
+
+    # Speckle: many scatterers of random phase in each resolution cell make a complex Gaussian.
     noise = rng.standard_normal((2, pixels, pixels))
     field = _low_pass(np.sqrt(intensity / 2) * (noise[0] + 1j * noise[1]), SPECKLE_PIXELS)
-    # The blur takes a factor 4 pi sigma^2 of the power of white noise.
-    speckled = 4 * np.pi * SPECKLE_PIXELS**2 * abs(field) ** 2 * 10 ** rng.normal(0, 0.1)
+    # The blur leaves 1 / (4 pi sigma^2) of the power of white noise.
+    speckled = 4 * np.pi * SPECKLE_PIXELS**2 * abs(field) ** 2 * 10 ** rng.normal(0, GAIN_BELS)
     grey = GREY_OF_GRASS * speckled**COMPRESSION
     return _to_uint8(grey[MARGIN_PIXELS:-MARGIN_PIXELS, MARGIN_PIXELS:-MARGIN_PIXELS])
 
@@ -294,9 +303,9 @@ def simulate_pair(rng, kind):
         EO chip (32, 32) and SAR chip (56, 56), both uint8.
     """
     individual = _instance(rng, KINDS[kind])
-    pose = *rng.normal(0, 0.5, 2), rng.uniform(0, 2 * np.pi)
+    pose = *rng.normal(0, OFF_CENTRE, 2), rng.uniform(0, 2 * np.pi)
     parts = _surroundings(rng) + _place(individual, *pose)
-    return eo_chip(rng, parts), sar_chip(rng, parts, rng.normal(0.7, 0.06))
+    return eo_chip(rng, parts), sar_chip(rng, parts, rng.normal(*DEPRESSION))
 
 
 def _deal(rng, deck, count):
@@ -325,14 +334,14 @@ def simulate_scene(rng, kinds):
     """
     objects = [(kind, _instance(rng, KINDS[kind])) for kind in kinds]
     headings, rates = rng.uniform(0, 2 * np.pi, len(kinds)), rng.normal(0, 0.07, len(kinds))
-    depression = rng.normal(0.7, 0.06)
+    depression = rng.normal(*DEPRESSION)
     for turn in rng.permutation(np.arange(rng.integers(6, 25)) % len(kinds)):
         kind, individual = objects[turn]
         headings[turn] += rates[turn] + rng.normal(0, 0.03)
         if kind == "empty":
             yield kind, np.zeros((SAR_PIXELS, SAR_PIXELS), np.uint8)
             continue
-        placed = _place(individual, *rng.normal(0, 0.5, 2), headings[turn])
+        placed = _place(individual, *rng.normal(0, OFF_CENTRE, 2), headings[turn])
         yield kind, sar_chip(rng, _surroundings(rng) + placed, depression)
 
 

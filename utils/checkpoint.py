@@ -19,7 +19,7 @@ def save_checkpoint(path, checkpoint):
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(checkpoint, file)
+            torch.save({"format": FORMAT, **checkpoint}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

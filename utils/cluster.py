@@ -15,18 +15,20 @@ from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
 
+from utils.settings import SettingError
+
 BY = ("features", "sequence", "both", "none")
 HOW = ("hard", "soft")
 
 LARGE = 1000  # chips above which clustering works on mini-batches and the silhouette on a sample
 PATCH = 5  # chips of a patch: so few neighbours in feature space that they show one vehicle
 AXES = 8  # Fisher's axes kept
-SHRINKAGE = 0.3  # of the scatter within patches towards a ball
-DOF = 5
+SHRINKAGE = 0.3  # of the scatter in patches towards a ball, given many chips per dimension
+FEW = 4  # chips per dimension at which that doubles; it grows with the square as they get fewer
 FLOOR = 1e-6  # variance on the unit sphere below which chips count as equal
 
 # A sequence is split where the silhouette of its halves reaches ...
-SPLIT_MIXED = 0.37  # ... this, if the halves take turns: one vehicle's halves hardly do
+SPLIT_MIXED = 0.35  # ... this, if the halves take turns: one vehicle's halves hardly do
 SPLIT_APART = 0.70  # ... this, if not: a pose that turns evenly has 0.62 when cut in the middle
 MIXED = 0.6  # changes of half from frame to frame, 1 = as many as in random order
 FRAMES = 4  # the fewest frames that may count as mixed: one or two are outliers
@@ -43,14 +45,14 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     clusters: number of clusters for "features"; 0 takes one for five chips, 1000 at most.
 
     The order of the chips does not matter, and the same input gives the same clusters.
-    Raises ValueError if `by` is unknown, if the lengths differ, or if a name without a number is
+    Raises SettingError if `by` is unknown, if the lengths differ, or if a name without a number is
     to be put into a sequence.
     """
     if by not in BY:
-        raise ValueError(f"Chips are clustered by one of {', '.join(BY)}, not by '{by}'.")
+        raise SettingError(f"Chips are clustered by one of {', '.join(BY)}, not by '{by}'.")
     features, names = np.asarray(features), np.asarray(names, dtype=str)
     if len(features) != len(names):
-        raise ValueError(f"There are {len(features)} rows of features but {len(names)} names.")
+        raise SettingError(f"There are {len(features)} rows of features but {len(names)} names.")
     numbers = _numbers(names) if by in ("sequence", "both") else np.zeros(len(names), np.int64)
     if by == "none" or len(names) < 2:
         return np.arange(len(names))
@@ -76,10 +78,10 @@ def vote(logits, clusters, how="hard", min_share=0.0):
         the higher summed probability. Only labels that some chip of the cluster has can win.
     min_share: a cluster whose winner has less than this share (0..1) of the counted votes ("hard")
         or of the summed probability ("soft") keeps the labels of its chips.
-    Raises ValueError if `how` is unknown.
+    Raises SettingError if `how` is unknown.
     """
     if how not in HOW:
-        raise ValueError(f"Votes are counted in one of the ways {', '.join(HOW)}, not '{how}'.")
+        raise SettingError(f"Votes are counted in one of the ways {', '.join(HOW)}, not '{how}'.")
     logits = np.asarray(logits, np.float64)
     labels = logits.argmax(1)
     ids, clusters = np.unique(clusters, return_inverse=True)
@@ -103,8 +105,10 @@ def _numbers(names):
     for i, name in enumerate(names):
         digits = re.findall(r"[0-9]+", PurePath(name).stem)
         if not digits:
-            raise ValueError(f"'{name}' has no number in its name, so it belongs to no sequence: "
-                             "cluster by 'features' instead.")
+            raise SettingError(
+                f"'{name}' has no number in its name, so it belongs to no sequence: "
+                "cluster by 'features' instead."
+            )
         numbers[i] = int(digits[-1])
     return numbers
 
@@ -112,7 +116,7 @@ def _numbers(names):
 def _k_means(features, clusters):
     """Labels of `clusters` clusters at most, int [N]."""
     model = KMeans if len(features) <= LARGE else MiniBatchKMeans
-    model = model(min(clusters, len(features)), n_init=3, random_state=0)
+    model = model(min(clusters, len(features)), random_state=0)
     return model.fit_predict(features)
 
 
@@ -158,7 +162,7 @@ def _fisher(features, sequences):
             within[rows] = features[rows] - features[rows].mean(0)
     features = features - features.mean(0)
     total, scatter = (x.T @ x / len(x) for x in (features, within))
-    shrinkage = SHRINKAGE * (1 + DOF * len(total) / len(features))
+    shrinkage = SHRINKAGE * (1 + (FEW * len(total) / len(features)) ** 2)
     ball = shrinkage * np.trace(scatter) / len(scatter) + FLOOR
     kept = [max(len(total) - AXES, 0), len(total) - 1]
     axes = eigh(total, scatter + ball * np.eye(len(total)), subset_by_index=kept)[1]
@@ -167,15 +171,11 @@ def _fisher(features, sequences):
 
 def _are_two(features, halves):
     """Whether two halves of a sequence, sorted by number, show two vehicles."""
-    shares = np.bincount(halves) / len(halves)
-    if len(shares) < 2 or shares.min() * len(halves) < 2:
+    sizes = np.bincount(halves)
+    sample = slice(None, None, -(-len(halves) // LARGE))
+    if len(sizes) < 2 or len(np.unique(halves[sample])) < 2:
         return False
-    expected = 1 - (shares ** 2).sum()
-    mixed = np.mean(halves[1:] != halves[:-1]) > MIXED * expected
-    enough = shares.min() * len(halves) > FRAMES - 0.5
-    needed = SPLIT_MIXED if mixed and enough else SPLIT_APART
-    step = -(-len(halves) // LARGE)
-    sample = halves[::step]
-    if len(np.unique(sample)) < 2:
-        return False
-    return silhouette_score(features[::step], sample) >= needed
+    at_random = 1 - ((sizes / len(halves)) ** 2).sum()  # chance that two frames differ in half
+    mixed = np.mean(halves[1:] != halves[:-1]) > MIXED * at_random
+    needed = SPLIT_MIXED if mixed and sizes.min() >= FRAMES else SPLIT_APART
+    return silhouette_score(features[sample], halves[sample]) >= needed

@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from data.augment import to_input, turn
+from utils.settings import SettingError
 
 IDENTITY = ((0, 1.0),)
 
@@ -19,14 +20,14 @@ def tta_views(rotations, scales):
         tuple of (view 0..7 as in `data.augment.turn`, scale).
 
     Raises:
-        ValueError: none of either, an angle that is no multiple of 90, a scale <= 0.
+        SettingError: none of either, an angle that is no multiple of 90, a scale <= 0.
     """
     if not rotations or not scales:
-        raise ValueError("ROTATIONS and SCALES need at least one entry each, such as 0 and 1.0")
+        raise SettingError("ROTATIONS and SCALES need at least one entry each, such as 0 and 1.0")
     if any(angle % 90 for angle in rotations):
-        raise ValueError(f"ROTATIONS are multiples of 90 degrees, not {rotations}")
+        raise SettingError(f"ROTATIONS are multiples of 90 degrees, not {rotations}")
     if any(scale <= 0 for scale in scales):
-        raise ValueError(f"SCALES are above 0, not {scales}")
+        raise SettingError(f"SCALES are above 0, not {scales}")
     turns = sorted({int(angle // 90) % 4 for angle in rotations})
     return tuple((flip + k, s) for s in dict.fromkeys(scales) for flip in (0, 4) for k in turns)
 

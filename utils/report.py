@@ -36,8 +36,8 @@ def table(rows, columns):
     width = max(len(name) for name in rows) + 2
     lines = [" " * width + "  ".join(columns)]
     for name, row in rows.items():
-        cells = ("-" if np.isnan(row[c]) else f"{row[c]:.3f}" for c in columns)
-        lines.append(name.ljust(width) + "  ".join(c.rjust(len(h)) for c, h in zip(cells, columns, strict=True)))
+        cells = (("-" if np.isnan(row[c]) else f"{row[c]:.3f}").rjust(len(c)) for c in columns)
+        lines.append(name.ljust(width) + "  ".join(cells))
     return "\n".join(lines)
 
 

@@ -24,7 +24,8 @@ def read_settings(script, arguments=None):
     """Apply `NAME=VALUE` arguments to a script's constants, print and return the result.
 
     Args:
-        script: the script's globals(); its upper-case names are the constants. Changed in place.
+        script: the script's globals(); the upper-case names that its file assigns at the top
+            level are the constants. Changed in place.
         arguments: default: the command line.
 
     Returns:
@@ -33,10 +34,10 @@ def read_settings(script, arguments=None):
     Raises:
         SettingError: unknown name (the nearest is named), or a value of another type.
     """
-    names = [n for n, v in script.items() if n.isupper() and isinstance(v, bool | int | float | str | tuple)]
+    names = _constants(script["__file__"])
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        raise SystemExit(_help(script, names))
+        raise SystemExit(_help(script))
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
@@ -89,8 +90,16 @@ def run(main):
         raise SystemExit(f"{sys.argv[0]}: {error}") from None
 
 
-def _help(script, names):
+def _constants(path):
+    """Names of the constants that a script assigns, in their order; imported ones are not its own."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    targets = (node.targets[0] for node in tree.body if isinstance(node, ast.Assign))
+    return [target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper()]
+
+
+def _help(script):
     """The constants with their comments, as they stand in the script."""
     with open(script["__file__"], encoding="utf-8") as file:
         lines = [line.rstrip() for line in file if re.match(r"[A-Z_]+ = ", line)]
-    return "\n".join([script["__doc__"] or "", "Set any of these by NAME=VALUE:", *lines])
+    return "\n".join([script["__doc__"], "Set any of these by NAME=VALUE:", *lines])

@@ -25,8 +25,10 @@ def choose_device(name):
     On CUDA it also switches TF32 and the search for the fastest convolutions on.
     """
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else (
-            torch.device(name)
+        device = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if name == "auto"
+            else (torch.device(name))
         )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

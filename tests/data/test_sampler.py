@@ -25,7 +25,9 @@ def test_all_views_equally_often():
     assert chisquare(np.bincount(views, minlength=8)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("make", [lambda s: WeightedStream(SHUFFLED, 7, 0.5, s), lambda s: BalancedStream(SHUFFLED, 7, s)])
+@pytest.mark.parametrize(
+    "make", [lambda s: WeightedStream(SHUFFLED, 7, 0.5, s), lambda s: BalancedStream(SHUFFLED, 7, s)]
+)
 def test_a_batch_depends_on_seed_and_step_alone(make):
     one, two = make(3), make(3)
     ahead = [one.batch(step) for step in range(40)]

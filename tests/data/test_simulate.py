@@ -112,8 +112,10 @@ def test_numbers_run_on_within_a_scene_and_jump_between_scenes(demo, folder, sce
 def test_some_scenes_follow_one_object_and_some_interleave_several(demo):
     rows = _reference(demo / "test/test_reference.csv")
     ends = np.flatnonzero(_gaps(demo / "test") > 5) + 1
-    casts = [{row["class"] for row in rows[start:stop]}
-             for start, stop in zip([0, *ends], [*ends, len(rows)], strict=True)]
+    casts = [
+        {row["class"] for row in rows[start:stop]}
+        for start, stop in zip([0, *ends], [*ends, len(rows)], strict=True)
+    ]
     assert {len(cast) for cast in casts} >= {1, 2}
 
 
@@ -148,8 +150,7 @@ def test_grey_levels_match_the_published_figures(sar_chips):
     assert percentiles == pytest.approx((37, 54, 83, 104, 126, 170, 211), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("axis, figures", [(2, (0.81, 0.57, 0.42, 0.35)),
-                                           (1, (0.79, 0.53, 0.41, 0.36))])
+@pytest.mark.parametrize("axis, figures", [(2, (0.81, 0.57, 0.42, 0.35)), (1, (0.79, 0.53, 0.41, 0.36))])
 def test_speckle_is_correlated_as_published(sar_chips, axis, figures):
     measured = [_autocorrelation(sar_chips, lag, axis) for lag in (1, 2, 3, 4)]
     assert measured == pytest.approx(figures, rel=TOLERANCE)
@@ -163,7 +164,8 @@ def test_grey_levels_match_the_real_chips(sar_chips, real_chips):
     for axis in (1, 2):
         for lag in (1, 2, 3, 4):
             assert _autocorrelation(sar_chips, lag, axis) == pytest.approx(
-                _autocorrelation(real_chips, lag, axis), rel=TOLERANCE)
+                _autocorrelation(real_chips, lag, axis), rel=TOLERANCE
+            )
 
 
 def test_a_tall_block_is_laid_over_towards_the_radar_and_throws_its_shadow_away_from_it():
@@ -173,8 +175,8 @@ def test_a_tall_block_is_laid_over_towards_the_radar_and_throws_its_shadow_away_
     ground = np.mean(looks, 0)[:, :4].mean()
     metre = 56 / simulate.CHIP_METRES
     near, far = 28 - 3 * metre, 28 + 3 * metre  # the block's sides
-    assert centre[int(near - 2 * metre):int(near)].mean() > 1.1 * ground
-    assert centre[int(far + metre / 2):int(far + 2.5 * metre)].mean() < 0.8 * ground
+    assert centre[int(near - 2 * metre) : int(near)].mean() > 1.1 * ground
+    assert centre[int(far + metre / 2) : int(far + 2.5 * metre)].mean() < 0.8 * ground
 
 
 def test_a_side_flashes_when_it_faces_the_radar():
@@ -182,6 +184,7 @@ def test_a_side_flashes_when_it_faces_the_radar():
         bus = simulate._place(simulate.VEHICLES["bus"], 0, 0, heading)
         chips = [simulate.sar_chip(np.random.default_rng(i), bus, 0.7) for i in range(20)]
         return np.mean(np.array(chips) > 220)
+
     assert bright_pixels(0.0) > 2 * bright_pixels(0.6)
 
 
@@ -193,6 +196,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(simulate, "simulate_scene", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path / "demo", train_counts=SMALL, val_scenes=1, test_scenes=1)

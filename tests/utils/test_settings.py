@@ -1,18 +1,39 @@
+import runpy
+
 import pytest
 
 from utils.settings import SettingError, parse, read_settings
 
+TEXT = """'''A script.'''
+from string import ascii_letters as IMPORTED
+EPOCHS = 3  # passes
+RATE = 0.1
+RESUME = True
+NAME = "a"
+SCALES = (1.0, 2.0)
+TURNS = (0, 90)
+CLASSES = ()
+lower = 1
+"""
 
-def script():
-    return {
-        "EPOCHS": 3, "RATE": 0.1, "RESUME": True, "NAME": "a", "SCALES": (1.0, 2.0), "TURNS": (0, 90),
-        "CLASSES": (), "lower": 1, "__doc__": "",
-    }  # fmt: skip
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(TEXT)
+    return runpy.run_path(str(tmp_path / "script.py"))
 
 
-def test_overrides_take_the_constants_type():
-    names = script()
-    arguments = ["EPOCHS=5", "RATE=1", "RESUME=false", "NAME=x=y", "SCALES=0.5,1", "TURNS=(0,)", "CLASSES=a,b"]
+def test_overrides_take_the_constants_type(script):
+    names = script
+    arguments = [
+        "EPOCHS=5",
+        "RATE=1",
+        "RESUME=false",
+        "NAME=x=y",
+        "SCALES=0.5,1",
+        "TURNS=(0,)",
+        "CLASSES=a,b",
+    ]
     settings = read_settings(names, arguments)
     assert settings == {
         "EPOCHS": 5, "RATE": 1.0, "RESUME": False, "NAME": "x=y", "SCALES": (0.5, 1.0), "TURNS": (0,),
@@ -21,8 +42,8 @@ def test_overrides_take_the_constants_type():
     assert names["EPOCHS"] == 5 and type(settings["RATE"]) is float and names["lower"] == 1
 
 
-def test_defaults_are_printed(capsys):
-    read_settings(script(), [])
+def test_defaults_are_printed(script, capsys):
+    read_settings(script, [])
     assert "EPOCHS = 3\n" in capsys.readouterr().out
 
 
@@ -38,13 +59,19 @@ def test_defaults_are_printed(capsys):
         ("RESUME=maybe", "RESUME is True or False"),
         ("TURNS=0,x", "TURNS is a whole number"),
         ("EPOCHS", "write NAME=VALUE"),
+        ("IMPORTED=a", "no constant IMPORTED"),
         ("EPOCHS=__import__('os').getcwd()", "EPOCHS is a whole number"),
     ],
 )
-def test_wrong_settings(argument, message):
+def test_wrong_settings(script, argument, message):
     with pytest.raises(SettingError, match=message.replace("(", r"\(")):
-        read_settings(script(), [argument])
+        read_settings(script, [argument])
 
 
 def test_strings_are_taken_as_they_are():
     assert parse("ROOT", "../a b/[c]", "") == "../a b/[c]"
+
+
+def test_help_shows_the_constants_with_their_comments(script):
+    with pytest.raises(SystemExit, match="EPOCHS = 3  # passes"):
+        read_settings(script, ["--help"])

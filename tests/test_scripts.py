@@ -1,0 +1,221 @@
+"""The four scripts as their users run them."""
+
+import csv
+import runpy
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from data.augment import to_input, turn
+from data.layouts import find_pairs
+from data.sampler import BalancedStream, stratified_split
+from data.store import open_store
+from tests.conftest import ROOT, must, run_script
+from utils.checkpoint import build_model
+
+STAGES = ("pretrain", "sar_feature", "finetune")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_every_stage_writes_its_outputs_and_says_what_comes_next(pipeline):
+    cwd, printed = pipeline
+    for stage, then in zip(STAGES, ("sar_feature.py", "finetune.py", "results.py"), strict=True):
+        out = cwd / "runs" / stage
+        names = {path.name for path in out.iterdir()}
+        assert names == {"best.pt", "last.pt", "history.csv", "curves.png"}
+        assert len(list(csv.DictReader(open(out / "history.csv")))) == 2
+        assert f"next: python {then}" in printed[stage] and "epoch 2/2: loss" in printed[stage]
+        assert "EPOCHS = 2\n" in printed[stage]
+        assert load(out / "best.pt")["settings"]["EPOCHS"] == 2
+
+
+def test_results(pipeline, tiny_demo):
+    cwd, printed = pipeline
+    out = cwd / "runs" / "results"
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        archive.extractall(cwd / "unpacked")
+    assert (cwd / "unpacked" / "readme.txt").read_text().count(" : ") == 4
+    rows = list(csv.DictReader(open(cwd / "unpacked" / "results.csv")))
+    chips = {p.stem.removeprefix("Gotcha") for p in (tiny_demo / "test").glob("*.png")}
+    assert {row["image_id"] for row in rows} == chips and len(rows) == len(chips)
+    # Official indices of sedan, SUV, van and bus, though the folders' order is another.
+    assert {int(row["class_id"]) for row in rows} <= {0, 1, 3, 7}
+    for word in ("accuracy", "AUROC", "total", "one view", "+ TTA", "+ vote", "+ cluster score"):
+        assert word in printed["results"]
+    assert {"metrics.json", "confusion.csv", "confusion.png", "steps.csv"} <= {p.name for p in out.iterdir()}
+
+
+def test_scores_follow_from_the_submission(pipeline, tiny_demo):
+    from data.layouts import OFFICIAL_CLASSES
+
+    cwd, _ = pipeline
+    guess = {
+        r["image_id"]: int(r["class_id"]) for r in csv.DictReader(open(cwd / "runs/results/results.csv"))
+    }
+    truth = list(csv.DictReader(open(tiny_demo / "test" / "test_reference.csv")))
+    right = [
+        guess[row["image_id"].removeprefix("Gotcha")] == OFFICIAL_CLASSES.index(row["class"])
+        for row in truth
+        if row["OOD_flag"] == "0"
+    ]
+    steps = list(csv.DictReader(open(cwd / "runs/results/steps.csv")))
+    assert float(steps[-1]["accuracy"]) == pytest.approx(np.mean(right))
+
+
+def test_finetune_moves_the_head_alone(pipeline):
+    cwd, _ = pipeline
+    before, after = load(cwd / "runs/sar_feature/best.pt"), load(cwd / "runs/finetune/last.pt")
+    for key, value in after["model"].items():
+        assert torch.equal(value, before["model"][key]) == key.startswith("backbone."), key
+
+
+def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkeypatch):
+    """Batch for batch: the cached features give the logits of the frozen network on the views."""
+    cwd, _ = pipeline
+    seen = {}
+
+    def capture(model, loss_of, validate, **options):
+        seen.update(model=model, loss_of=loss_of)
+
+    monkeypatch.setattr("utils.training.fit", capture)
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "OUT_DIR=other", "BATCH_SIZE=24"])
+    runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    source, pairs = load(cwd / "runs/sar_feature/best.pt"), find_pairs(tiny_demo)
+    train, _ = stratified_split(pairs.labels, source["val_fraction"])
+    chips = torch.from_numpy(np.array(open_store(pairs.sar, cwd / "runs/chips")[train]))
+    model, stream = build_model(source), BalancedStream(pairs.labels[train], 24, 0)
+    for step in range(3):
+        indices, views = map(torch.from_numpy, stream.batch(step))
+        _, logits, labels = seen["loss_of"](step)
+        images = to_input(turn(chips[indices], views), source["image_size"], *source["grey"])
+        torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+        assert labels.tolist() == pairs.labels[train][indices].tolist()
+
+
+def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
+    cwd, _ = pipeline
+    teachers = []
+
+    def capture(checkpoint):
+        teachers.append(build_model(checkpoint))
+        return teachers[-1]
+
+    monkeypatch.setattr("utils.checkpoint.build_model", capture)
+    monkeypatch.chdir(cwd)
+    settings = ["EPOCHS=1", "OUT_DIR=other", "FEATURE_WEIGHT=1", "WEIGHT_DECAY=0.5"]
+    monkeypatch.setattr(sys, "argv", ["sar_feature.py", *settings])
+    runpy.run_path(str(ROOT / "sar_feature.py"), run_name="__main__")
+    assert not teachers[0].training and not any(p.requires_grad for p in teachers[0].parameters())
+    assert same(teachers[0].state_dict(), load(cwd / "runs/pretrain/best.pt")["model"])
+    assert not same(teachers[0].state_dict(), load(cwd / "other/last.pt")["model"])
+
+
+@pytest.mark.parametrize(
+    "script, extra", [("pretrain.py", ["EMA=0.9"]), ("sar_feature.py", []), ("finetune.py", [])]
+)
+def test_the_seed_fixes_every_bit(pipeline, tiny_demo, script, extra):
+    cwd, _ = pipeline
+    extra = [*extra, f"DATA_ROOT={tiny_demo}", "EPOCHS=1"]
+    for out in ("one", "two", "three"):
+        must(run_script(script, cwd, f"OUT_DIR={out}", f"SEED={4 if out == 'three' else 3}", *extra))
+    one, two, three = (load(cwd / out / "last.pt")["model"] for out in ("one", "two", "three"))
+    assert same(one, two) and not same(one, three)
+
+
+def test_another_student_with_feature_distillation(pipeline):
+    cwd, _ = pipeline
+    settings = ["BACKBONE=test_byobnet", "INIT=", "FEATURE_WEIGHT=0.5", "EPOCHS=1", "OUT_DIR=student"]
+    must(run_script("sar_feature.py", cwd, *settings))
+    must(
+        run_script("finetune.py", cwd, "STUDENT=student/best.pt", "EPOCHS=1", "OUT_DIR=head", "NEW_HEAD=True")
+    )
+    must(run_script("results.py", cwd, "CHECKPOINT=head/best.pt", "OUT_DIR=new", "SCALES=1"))
+    process = run_script("sar_feature.py", cwd, "BACKBONE=test_byobnet")
+    assert process.returncode == 1 and "set INIT=" in process.stderr
+
+
+@pytest.mark.parametrize("settings", [
+    ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=logits"],
+    ["CLUSTER_BY=sequence", "ENERGY=logits", "CLUSTER_SCORE=none", "VOTE_MIN_SHARE=0.6"],
+    ["CLUSTER_BY=none", "TTA=False"],
+])  # fmt: skip
+def test_results_in_other_ways(pipeline, settings):
+    cwd, _ = pipeline
+    out = must(run_script("results.py", cwd, "OUT_DIR=other_results", "SCALES=1", *settings))
+    assert "total" in out
+    if "CLUSTER_BY=none" in settings:
+        steps = list(csv.DictReader(open(cwd / "other_results/steps.csv")))
+        assert steps[0]["total"] == steps[-1]["total"]
+
+
+def test_plain_sar_baseline(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = ["SENSOR=SAR", "GAMMA=0", "BALANCE=0", "EPOCHS=1", "OUT_DIR=plain", f"DATA_ROOT={tiny_demo}"]
+    must(run_script("pretrain.py", cwd, *settings))
+    process = run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results")
+    assert process.returncode == 1 and "ENERGY=logits" in process.stderr
+    must(run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "ENERGY=logits"))
+
+
+@pytest.mark.parametrize("script, message", [
+    ("sar_feature.py", "run first: python pretrain.py"),
+    ("finetune.py", "run first: python sar_feature.py"),
+    ("results.py", "run first: python finetune.py"),
+])  # fmt: skip
+def test_a_missing_predecessor_is_named(tmp_path, script, message):
+    process = run_script(script, tmp_path)
+    assert process.returncode == 1 and message in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["EPOCS=3"], "nearest is EPOCHS"),
+    (["EPOCHS=three"], "EPOCHS is a whole number"),
+    (["DATA_ROOT=nowhere"], "DATA_ROOT nowhere is not a folder"),
+    (["DEVICE=tpu9"], "DEVICE tpu9 cannot be used"),
+    (["BACKBONE=resnet81"], "knows no backbone 'resnet81'"),
+])  # fmt: skip
+def test_wrong_settings_end_with_a_sentence(tmp_path, tiny_demo, settings, message):
+    process = run_script("pretrain.py", tmp_path, f"DATA_ROOT={tiny_demo}", *settings)
+    assert process.returncode == 1 and message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_sar_checkpoint_is_no_teacher(pipeline):
+    cwd, _ = pipeline
+    process = run_script("sar_feature.py", cwd, "TEACHER=runs/finetune/best.pt")
+    assert process.returncode == 1 and "SAR checkpoint of finetune.py" in process.stderr
+
+
+def test_pipeline_on_real_radar(shared, tmp_path):
+    """MSTAR chips: class names that are not the challenge's, test chips from a folder of their own."""
+    must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={shared}/mstar_pairs", "EPOCHS=4"))
+    must(run_script("sar_feature.py", tmp_path, "EPOCHS=4"))
+    must(run_script("finetune.py", tmp_path, "EPOCHS=2"))
+    out = must(run_script("results.py", tmp_path, f"TEST_DIR={shared}/mstar_pairs/val", "SCALES=1"))
+    assert "1133 chips" in out
+    steps = list(csv.DictReader(open(tmp_path / "runs/results/steps.csv")))
+    assert float(steps[-1]["accuracy"]) > 0.3 and float(steps[-1]["AUROC"]) > 0.7
+    rows = list(csv.DictReader(open(tmp_path / "runs/results/results.csv")))
+    assert {int(r["class_id"]) for r in rows} <= set(range(8)) and len(rows) == 1133
+
+
+def test_unlabelled_real_chips_give_a_valid_submission(pipeline, shared):
+    cwd, _ = pipeline
+    chips = cwd / "unicorn"
+    shutil.copytree(shared / "unicorn_sar", chips)
+    must(run_script("results.py", cwd, f"TEST_DIR={chips}", "OUT_DIR=unicorn_results"))
+    rows = list(csv.DictReader(open(cwd / "unicorn_results/results.csv")))
+    assert {r["image_id"] for r in rows} == {p.stem.removeprefix("SAR_") for p in chips.glob("*.png")}
+    assert all(np.isfinite(float(r["score"])) for r in rows)
+    assert not (cwd / "unicorn_results" / "metrics.json").exists()
