@@ -5,8 +5,6 @@ python finetune.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 
 import math
 
-import torch
-
 from data.layouts import find_pairs, find_validation
 from data.sampler import BalancedStream, stratified_split
 from data.store import ChipStore, open_store
@@ -17,6 +15,8 @@ from utils.predict import predict, tta_views
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
+
+import torch
 
 STUDENT = "runs/sar_feature/best.pt"  # SAR checkpoint of sar_feature.py
 DATA_ROOT = ""  # folder of the data set; empty: the student's

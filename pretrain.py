@@ -5,8 +5,6 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 
 import math
 
-import torch
-
 from data.augment import jitter, speckle, to_input, turn
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
@@ -19,6 +17,8 @@ from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
+import torch
+
 DATA_ROOT = "datasets/demo"  # folder of the data set; the default is simulated on first use
 CLASSES = ()  # class folders in the order of their index; empty: official or alphabetical order
 OUT_DIR = "runs/pretrain"  # where the outputs go
@@ -28,7 +28,7 @@ BACKBONE = "test_resnet"  # any timm model; resnet18 or larger on a GPU
 WEIGHTS = ""  # "" from scratch, "timm" from the hub, or a file of weights
 IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be better
 VAL_FRACTION = 0.1  # share of the training pairs that all stages leave out to validate on
-EPOCHS = 12  # passes over as many chips as there are
+EPOCHS = 8  # passes over as many chips as there are
 BATCH_SIZE = 64  # chips a step
 LEARNING_RATE = 2e-3  # at the peak of the schedule; lower it for pretrained weights
 WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more

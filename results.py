@@ -7,9 +7,6 @@ scores where a reference CSV lies beside the chips
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
 from data.store import ChipStore, open_store
 from utils.checkpoint import build_model, load_checkpoint
@@ -21,6 +18,9 @@ from utils.report import save_scores, table
 from utils.settings import check, read_settings, run
 from utils.submission import write_submission
 from utils.training import choose_device
+
+import numpy as np
+import torch
 
 CHECKPOINT = "runs/finetune/best.pt"  # SAR checkpoint, of finetune.py in the method
 DATA_ROOT = ""  # folder of the data set; empty: the checkpoint's

@@ -5,9 +5,6 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 
 import math
 
-import torch
-from torch import nn
-
 from data.augment import jitter, speckle, to_input, turn
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
@@ -21,13 +18,16 @@ from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
+import torch
+from torch import nn
+
 TEACHER = "runs/pretrain/best.pt"  # EO checkpoint of pretrain.py
 DATA_ROOT = ""  # folder of the data set; empty: the teacher's
 OUT_DIR = "runs/sar_feature"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 BACKBONE = ""  # any timm model for the student; empty: the teacher's
 INIT = "teacher"  # the student's first weights: "teacher", "" from scratch, "timm", or a file
-EPOCHS = 15  # passes over as many pairs as there are
+EPOCHS = 10  # passes over as many pairs as there are
 BATCH_SIZE = 64  # pairs a step
 LEARNING_RATE = 2e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more

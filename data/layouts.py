@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data.errors import DataError, named
+
+import numpy as np
 
 # By frequency, which is the challenge's index; the folders' alphabetical order is not.
 OFFICIAL_CLASSES = (

@@ -5,9 +5,9 @@ is asked, so a run can start again at any step, and ranks can each take their pa
 `torch.multinomial` over all chips, which stops at 2^24 of them.
 """
 
-import numpy as np
-
 from data.augment import VIEWS
+
+import numpy as np
 
 
 class WeightedStream:

@@ -29,8 +29,8 @@ CHIP_METRES = 15.0  # ground width of a chip, the same for both sensors
 MARGIN_PIXELS = 4  # drawn around a SAR chip, then cut off: what lies there throws shadow inside
 EO_OVERSAMPLING, SAR_OVERSAMPLING = 3, 2  # grid cells per pixel, along each axis
 SPECKLE_PIXELS = 1.22  # blur of the complex SAR image: the resolution of the radar
-CLUTTER_PIXELS = 7.0, 3.5  # size (y, x) of the patches in which the ground's reflectivity varies
-CLUTTER_DB = 3.0  # and by how much (standard deviation)
+CLUTTER_PIXELS = 8.5, 3.5  # size (y, x) of the patches in which the ground's reflectivity varies
+CLUTTER_DB = 3.2  # and by how much (standard deviation)
 COMPRESSION = 0.185  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
 GREY_OF_GRASS = 0.47
 THERMAL_NOISE = 0.03  # intensity against grass: what shadows are filled with
@@ -128,7 +128,7 @@ STRANGER_DECK = ("tank",) * 3 + ("aircraft",) * 3 + ("building",) * 3 + ("excava
 def _instance(rng, parts):
     """One individual of a kind: its own size, proportions and paint."""
     along, across, up = rng.normal(1.0, (0.045, 0.04, 0.05))
-    light = rng.random() < 0.65
+    light = rng.random() < 0.75
     tones = {PAINT: rng.uniform(0.15, 0.42) if light else rng.uniform(-0.38, -0.2),
              CARGO: rng.uniform(-0.2, 0.4)}
     return [part._replace(x=part.x * along, length=part.length * along, y=part.y * across,
@@ -208,8 +208,8 @@ def eo_chip(rng, parts):
     lit = ray >= np.maximum.accumulate(ray, axis=1)
     light = albedo * np.where(lit, 1.0, 0.45)
     pixels = light.reshape(EO_PIXELS, EO_OVERSAMPLING, EO_PIXELS, EO_OVERSAMPLING).mean((1, 3))
-    pixels = _low_pass(pixels, rng.uniform(0.3, 0.6)).real
-    pixels = rng.uniform(0.7, 1.15) * pixels + rng.normal(0, 0.015, pixels.shape)
+    pixels = _low_pass(pixels, rng.uniform(0.25, 0.5)).real
+    pixels = rng.uniform(0.7, 1.15) * pixels + rng.normal(0, 0.012, pixels.shape)
     return _to_uint8(pixels)
 
 

@@ -11,12 +11,12 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from data.errors import DataError, named
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-from data.errors import DataError, named
 
 MAX_SIDE = 512  # px; larger chips are reduced to it
 CHUNK = 512  # chips that a worker decodes at a time

@@ -7,16 +7,16 @@ sets the gradients by hand and takes an optimizer step.
 import runpy
 import sys
 
-import numpy as np
-import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from data.store import ChipStore
 from models.backbone import Classifier
 from tests.conftest import ROOT
 from utils.energy import confidence, log_densities
 from utils.predict import autocast, predict, tta_views
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def forward_and_step(model, loss_of, validate, *, clip=0.0, also_trained=(), **options):

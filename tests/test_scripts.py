@@ -6,16 +6,16 @@ import shutil
 import sys
 import zipfile
 
-import numpy as np
-import pytest
-import torch
-
 from data.augment import to_input, turn
 from data.layouts import find_pairs
 from data.sampler import BalancedStream, stratified_split
 from data.store import open_store
 from tests.conftest import ROOT, must, run_script
 from utils.checkpoint import build_model
+
+import numpy as np
+import pytest
+import torch
 
 STAGES = ("pretrain", "sar_feature", "finetune")
 

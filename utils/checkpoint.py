@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-import torch
-
 from models.backbone import Classifier
 from utils.settings import CheckpointError
+
+import torch
 
 FORMAT = 1
 # What rebuilds the classifier and says what it was made for.

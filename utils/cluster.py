@@ -9,13 +9,13 @@ them. So the numbers give the scenes, and the features say which scenes to split
 import re
 from pathlib import PurePath
 
+from utils.settings import SettingError
+
 import numpy as np
 from scipy.linalg import eigh
 from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
-
-from utils.settings import SettingError
 
 BY = ("features", "sequence", "both", "none")
 HOW = ("hard", "soft")

@@ -1,10 +1,10 @@
 """Prediction over views of the test chips (test-time augmentation), one pass for all scripts."""
 
-import torch
-from tqdm import tqdm
-
 from data.augment import to_input, turn
 from utils.settings import SettingError
+
+import torch
+from tqdm import tqdm
 
 IDENTITY = ((0, 1.0),)
 

@@ -5,16 +5,16 @@ import math
 import time
 from pathlib import Path
 
+from utils.checkpoint import save_checkpoint
+from utils.predict import autocast
+from utils.report import plot_history
+from utils.settings import SettingError
+
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-
-from utils.checkpoint import save_checkpoint
-from utils.predict import autocast
-from utils.report import plot_history
-from utils.settings import SettingError
 
 READ_EVERY = 10  # steps between two readings of loss and accuracy for the progress bar
 

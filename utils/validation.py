@@ -1,10 +1,10 @@
 """How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
 
-import torch
-
 from data.store import ChipStore, open_store
 from utils.metrics import class_mean_accuracy
 from utils.predict import predict
+
+import torch
 
 
 def validation(checkpoint, store, labels, held_out, labelled, store_dir):

@@ -1,8 +1,8 @@
+from data.augment import jitter, speckle, to_input, turn
+
 import numpy as np
 import pytest
 import torch
-
-from data.augment import jitter, speckle, to_input, turn
 
 
 def test_all_eight_views_each_chip_its_own():

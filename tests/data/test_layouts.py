@@ -1,9 +1,5 @@
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from data.errors import DataError
 from data.layouts import (
     OFFICIAL_CLASSES,
@@ -15,6 +11,10 @@ from data.layouts import (
     image_ids,
     read_labelled,
 )
+
+import numpy as np
+import pytest
+from PIL import Image
 
 
 def chip(path):

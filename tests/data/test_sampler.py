@@ -1,10 +1,10 @@
 from collections import Counter
 
+from data.sampler import BalancedStream, WeightedStream, stratified_split
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-
-from data.sampler import BalancedStream, WeightedStream, stratified_split
 
 LABELS = np.repeat([0, 1, 2, 4], [500, 120, 30, 3])  # class 3 has no chips
 SHUFFLED = np.random.default_rng(5).permutation(LABELS)

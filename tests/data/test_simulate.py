@@ -3,12 +3,12 @@
 import csv
 from pathlib import Path
 
+from data import simulate
+from data.simulate import CLASSES, TRAIN_COUNTS, ensure_demo, write_demo
+
 import numpy as np
 import pytest
 from PIL import Image
-
-from data import simulate
-from data.simulate import CLASSES, TRAIN_COUNTS, ensure_demo, write_demo
 
 SMALL = {"sedan": 20, "bus": 4}
 REAL_CHIPS = Path(__file__).resolve().parents[2].parent / "shared" / "unicorn_sar"

@@ -1,12 +1,12 @@
 import os
 
+from data.errors import DataError
+from data.store import ChipStore, decode, grey_statistics, open_store
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from data.errors import DataError
-from data.store import ChipStore, decode, grey_statistics, open_store
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (12, 12), dtype=np.uint8)
 

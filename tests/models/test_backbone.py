@@ -1,8 +1,8 @@
+from models.backbone import BackboneError, Classifier
+
 import pytest
 import timm
 import torch
-
-from models.backbone import BackboneError, Classifier
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
+from models.distillation import distillation_loss
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from models.distillation import distillation_loss
 
 G = torch.Generator().manual_seed(1)
 STUDENT, TEACHER = torch.randn(2, 16, 7, generator=G, dtype=torch.float64)

@@ -1,8 +1,8 @@
+from models.focal import focal_loss
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from models.focal import focal_loss
 
 
 @pytest.fixture

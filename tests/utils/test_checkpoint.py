@@ -1,11 +1,11 @@
 import pickle
 
-import pytest
-import torch
-
 from models.backbone import Classifier
 from utils.checkpoint import FORMAT, build_model, load_checkpoint, save_checkpoint
 from utils.settings import CheckpointError
+
+import pytest
+import torch
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
+from utils.cluster import cluster_chips, vote
+
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
-
-from utils.cluster import cluster_chips, vote
 
 
 def scenes(rng, vehicles, dimensions=64, distance=2.5, drift=1.0, frames=(8, 20), gap=300):

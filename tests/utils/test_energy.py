@@ -1,11 +1,11 @@
+from utils.energy import cluster_mean, confidence, fit_gaussians, log_densities
+
 import numpy as np
 import pytest
 import torch
 from pytorch_ood.detector import EnergyBased
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
-
-from utils.energy import cluster_mean, confidence, fit_gaussians, log_densities
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

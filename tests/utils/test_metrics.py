@@ -1,8 +1,8 @@
+from utils.metrics import scores
+
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
-
-from utils.metrics import scores
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 4, 400)

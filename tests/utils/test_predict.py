@@ -1,11 +1,11 @@
+from data.store import ChipStore
+from models.backbone import Classifier
+from utils.predict import predict, tta_views
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from data.store import ChipStore
-from models.backbone import Classifier
-from utils.predict import predict, tta_views
 
 GREY = (0.4, 0.12)
 CHIPS = np.random.default_rng(0).integers(0, 256, (7, 56, 56), dtype=np.uint8)

@@ -1,8 +1,8 @@
 import runpy
 
-import pytest
-
 from utils.settings import SettingError, parse, read_settings
+
+import pytest
 
 TEXT = """'''A script.'''
 from string import ascii_letters as IMPORTED
