@@ -6,9 +6,9 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 import math
 
 from data.augment import jitter, speckle, to_input, turn
+from data.demo import ensure_demo
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
-from data.simulate import ensure_demo
 from data.store import ChipStore, grey_statistics, open_store
 from models.backbone import Classifier
 from models.focal import focal_loss

@@ -35,7 +35,7 @@ COLUMNS = ("accuracy", "mean per-class accuracy", "AUROC", "total")
 def main():
     read_settings(globals())
     # Written before the seeds start side by side, and would all write it.
-    from data.simulate import ensure_demo
+    from data.demo import ensure_demo
 
     ensure_demo(DATA_ROOT)
     with ThreadPoolExecutor(JOBS) as pool:

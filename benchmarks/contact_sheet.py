@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.simulate import CLASSES, DEMO_ROOT, SAR_PIXELS, ensure_demo
+from data.demo import DEMO_ROOT, ensure_demo
+from data.layouts import OFFICIAL_CLASSES
+from data.simulate import SAR_PIXELS
 
 PAIRS = 4  # per class
 OOD_ROWS = 2
@@ -36,7 +38,7 @@ def read_tile(path):
 
 def rows_of_paths(root):
     """(label, 2 * PAIRS paths) for each row of the sheet."""
-    for name in CLASSES:
+    for name in OFFICIAL_CLASSES:
         eo = sorted((root / "train/EO_Train" / name).glob("*.png"))[:PAIRS]
         sar = sorted((root / "train/SAR_Train" / name).glob("*.png"))[:PAIRS]
         yield name, [path for pair in zip(eo, sar, strict=True) for path in pair]

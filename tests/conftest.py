@@ -28,7 +28,7 @@ def must(process):
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory):
     """A demo set of 90 pairs, 4 validation and 6 test scenes."""
-    from data.simulate import write_demo
+    from data.demo import write_demo
 
     root = tmp_path_factory.mktemp("data") / "demo"
     write_demo(root, train_counts=TINY, val_scenes=4, test_scenes=6)

@@ -3,8 +3,10 @@
 import csv
 from pathlib import Path
 
+from data import demo as demo_set
 from data import simulate
-from data.simulate import CLASSES, TRAIN_COUNTS, ensure_demo, write_demo
+from data.demo import TRAIN_COUNTS, ensure_demo, write_demo
+from data.layouts import OFFICIAL_CLASSES
 
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def _gaps(folder):
 
 def test_default_training_counts_have_a_long_tail_in_the_official_order():
     counts = list(TRAIN_COUNTS.values())
-    assert tuple(TRAIN_COUNTS) == CLASSES
+    assert tuple(TRAIN_COUNTS) == OFFICIAL_CLASSES
     assert counts == sorted(counts, reverse=True)
     assert counts[0] >= 100 * counts[-1]
 
@@ -90,13 +92,13 @@ def test_reference_names_every_chip_once_and_flags_what_is_none_of_the_ten(demo,
     assert len(rows) == len(chips) and {row["image_id"] for row in rows} == chips
     assert list(rows[0]) == ["image_id", "class", "OOD_flag"]
     assert all((row["class"] == "unknown") == (row["OOD_flag"] == "1") for row in rows)
-    assert {row["class"] for row in rows} <= {*CLASSES, "unknown"}
+    assert {row["class"] for row in rows} <= {*OFFICIAL_CLASSES, "unknown"}
     assert {row["OOD_flag"] for row in rows} == {"0", "1"}
 
 
 def test_test_scenes_hold_every_class_and_a_fair_share_of_ood(demo):
     rows = _reference(demo / "test/test_reference.csv")
-    assert {row["class"] for row in rows} == {*CLASSES, "unknown"}
+    assert {row["class"] for row in rows} == {*OFFICIAL_CLASSES, "unknown"}
     assert 0.1 < np.mean([row["OOD_flag"] == "1" for row in rows]) < 0.5
 
 
@@ -197,7 +199,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulate, "simulate_scene", interrupt)
+    monkeypatch.setattr(demo_set, "simulate_scene", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path / "demo", train_counts=SMALL, val_scenes=1, test_scenes=1)
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +208,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_ensure_demo_writes_the_default_root_once_and_no_other(tmp_path, monkeypatch):
     written = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(simulate, "write_demo", written.append)
+    monkeypatch.setattr(demo_set, "write_demo", written.append)
     ensure_demo("datasets/unicorn")
     assert written == []
     ensure_demo("./datasets/demo/")
