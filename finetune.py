@@ -6,12 +6,12 @@ python finetune.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 import math
 
 from data.layouts import find_pairs, find_validation
-from data.sampler import BalancedStream, stratified_split
+from data.sampler import BalancedStream, on_device, stratified_split
 from data.store import ChipStore, open_store
 from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
 from utils.energy import fit_gaussians
-from utils.predict import predict, tta_views
+from utils.predict import IDENTITY, predict, tta_views
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -51,7 +51,7 @@ def main():
     if NEW_HEAD:
         model.head.reset_parameters()
     # The frozen backbone gives the same features in every epoch: they are computed once.
-    seen = tta_views((0, 90, 180, 270) if ALL_VIEWS else (0,), (1.0,))[: 8 if ALL_VIEWS else 1]
+    seen = tta_views((0, 90, 180, 270), (1.0,)) if ALL_VIEWS else IDENTITY
     chips = store.subset(torch.from_numpy(train).to(device))
     _, features = predict(
         model, chips, source["image_size"], source["grey"], seen, each=True, progress="features"
@@ -59,7 +59,7 @@ def main():
     gaussians = fit_gaussians(features.mean(0).cpu(), pairs.labels[train], len(pairs.classes))
 
     def loss_of(step):
-        chosen, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
+        chosen, views = on_device(stream.batch(step), device)
         logits = model.head(features[views % len(seen), chosen])
         return focal_loss(logits, labels[chosen], GAMMA), logits, labels[chosen]
 

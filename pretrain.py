@@ -8,7 +8,7 @@ import math
 from data.augment import jitter, speckle, to_input, turn
 from data.demo import ensure_demo
 from data.layouts import find_pairs, find_validation
-from data.sampler import WeightedStream, stratified_split
+from data.sampler import WeightedStream, on_device, stratified_split
 from data.store import ChipStore, grey_statistics, open_store
 from models.backbone import Classifier
 from models.focal import focal_loss
@@ -49,7 +49,8 @@ def main():
     settings = read_settings(globals())
     check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
     check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
-    check(TRAIN_SCALES, "TRAIN_SCALES needs at least one entry, such as 1.0")
+    check(0 < VAL_FRACTION < 1, f"VAL_FRACTION is between 0 and 1, not {VAL_FRACTION}")
+    check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -66,10 +67,11 @@ def main():
 
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last)
+    model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
     alpha = torch.tensor(CLASS_WEIGHTS, device=device).expand(classes)
 
     def loss_of(step):
-        drawn, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
+        drawn, views = on_device(stream.batch(step), device)
         chosen = train[drawn]
         size = scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)])
         images = to_input(turn(store[chosen], views), size, mean, std)

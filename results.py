@@ -13,7 +13,7 @@ from utils.checkpoint import build_model, load_checkpoint
 from utils.cluster import cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
 from utils.metrics import scores
-from utils.predict import IDENTITY, predict, tta_views
+from utils.predict import IDENTITY, predict, scaled, tta_views
 from utils.report import save_scores, table
 from utils.settings import check, read_settings, run
 from utils.submission import write_submission
@@ -64,6 +64,7 @@ def main():
     truth = read_labelled(paths, reference, source["classes"]) if reference else None
     store = ChipStore(open_store(paths, STORE_DIR), device)
     model = build_model(source).to(device, memory_format=torch.channels_last)
+    model.check_sizes({scaled(source["image_size"], scale) for _, scale in views})
 
     def energy_logits(logits, features):
         """f of the energy: the head's logits, or the log densities of the Gaussians."""

@@ -7,7 +7,7 @@ import math
 
 from data.augment import jitter, speckle, to_input, turn
 from data.layouts import find_pairs, find_validation
-from data.sampler import WeightedStream, stratified_split
+from data.sampler import WeightedStream, on_device, stratified_split
 from data.store import ChipStore, grey_statistics, open_store
 from models.backbone import Classifier
 from models.distillation import distillation_loss
@@ -51,7 +51,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 def main():
     settings = read_settings(globals())
     check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
-    check(TRAIN_SCALES, "TRAIN_SCALES needs at least one entry, such as 1.0")
+    check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     check(TEMPERATURE > 0 and FEATURE_TEMPERATURE > 0, "temperatures are above 0")
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
@@ -77,11 +77,12 @@ def main():
     if INIT == "teacher":
         student.load_state_dict(teacher.state_dict())
     student.to(device, memory_format=torch.channels_last)
+    student.check_sizes([scaled(size, scale) for scale in TRAIN_SCALES])
     same = student.width == teacher.width
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
     def loss_of(step):
-        drawn, views = (torch.from_numpy(a).to(device, non_blocking=True) for a in stream.batch(step))
+        drawn, views = on_device(stream.batch(step), device)
         chosen = train[drawn]
         # One view for both chips of a pair, or the teacher would speak of another picture.
         eo_images = jitter(to_input(turn(eo[chosen], views), size, *eo_grey), JITTER)

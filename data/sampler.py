@@ -8,6 +8,15 @@ is asked, so a run can start again at any step, and ranks can each take their pa
 from data.augment import VIEWS
 
 import numpy as np
+import torch
+
+
+def on_device(batch, device):
+    """The arrays of a batch as tensors on the device; for CUDA copied without waiting for it."""
+    tensors = (torch.from_numpy(array) for array in batch)
+    if torch.cuda.is_available():
+        tensors = (tensor.pin_memory() for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 class WeightedStream:

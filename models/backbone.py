@@ -46,6 +46,21 @@ class Classifier(nn.Module):
         self.backbone.requires_grad_(False).eval()
         return self
 
+    @torch.no_grad()
+    def check_sizes(self, sizes):
+        """Raise BackboneError unless the backbone takes square inputs of all these sides, px."""
+        training, weight = self.training, self.head.weight
+        self.eval()
+        for size in sizes:
+            try:
+                self(torch.zeros(1, 1, size, size, device=weight.device, dtype=weight.dtype))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise BackboneError(
+                    f"this backbone does not take inputs of {size} px ({error}); "
+                    "give other scales, or 1 alone"
+                ) from error
+        self.train(training)
+
     def train(self, mode=True):
         """Training mode; a frozen backbone stays in eval mode, or its buffers would drift."""
         super().train(mode)

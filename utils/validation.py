@@ -1,5 +1,6 @@
 """How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
 
+from data.errors import DataError
 from data.store import ChipStore, open_store
 from utils.metrics import class_mean_accuracy
 from utils.predict import predict
@@ -18,13 +19,15 @@ def validation(checkpoint, store, labels, held_out, labelled, store_dir):
         store_dir: where decoded chips are kept.
     """
     device = store.chips.device
-    if labelled is not None:
+    if labelled is not None and not labelled.ood.all():
         store = ChipStore(open_store(labelled.paths, store_dir)[~labelled.ood], device)
         truth = labelled.labels[~labelled.ood]
     else:
         store = store.subset(torch.from_numpy(held_out).to(device))
         truth = labels[held_out]
 
+    if not len(truth):
+        raise DataError("no class has two chips, so none is left to validate on; add chips")
     frozen_features = []  # of a frozen backbone: the same in every epoch
 
     def validate(model):

@@ -20,6 +20,12 @@ def test_unknown_backbone_names_the_nearest():
         Classifier("resnt18", 10, 64)
 
 
+def test_sizes_that_a_backbone_does_not_take():
+    Classifier("test_resnet", 3, 64).check_sizes([56, 64, 72])
+    with pytest.raises(BackboneError, match="does not take inputs of 72 px"):
+        Classifier("test_vit", 3, 64).check_sizes([64, 72])
+
+
 def test_frozen_backbone_stays_bit_for_bit():
     model = Classifier("test_resnet", 4, 32).freeze()
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
