@@ -5,6 +5,7 @@ python finetune.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 
 import math
 
+from data.augment import VIEWS
 from data.layouts import find_pairs, find_validation
 from data.sampler import BalancedStream, on_device, stratified_split
 from data.store import ChipStore, open_store
@@ -28,14 +29,14 @@ LEARNING_RATE = 1e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of AdamW; higher keeps the head smaller
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
-ALL_VIEWS = True  # True: the features of all eight flips and rotations; False: of the chips as they are
+ALL_VIEWS = True  # True: all flips, rotations and trained scales of a chip; False: the chip as it is
 SEED = 0  # fixes everything random
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 
 
 def main():
     settings = read_settings(globals())
-    check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -51,7 +52,9 @@ def main():
     if NEW_HEAD:
         model.head.reset_parameters()
     # The frozen backbone gives the same features in every epoch: they are computed once.
-    seen = tta_views((0, 90, 180, 270), (1.0,)) if ALL_VIEWS else IDENTITY
+    # At every scale that the student knows, or the head would forget the others.
+    seen = tta_views((0, 90, 180, 270), source["scales"]) if ALL_VIEWS else IDENTITY
+    turns = min(VIEWS, len(seen))
     chips = store.subset(torch.from_numpy(train).to(device))
     _, features = predict(
         model, chips, source["image_size"], source["grey"], seen, each=True, progress="features"
@@ -60,7 +63,8 @@ def main():
 
     def loss_of(step):
         chosen, views = on_device(stream.batch(step), device)
-        logits = model.head(features[views % len(seen), chosen])
+        scale = step % (len(seen) // turns)  # one a step, in turn, as the backbone was trained
+        logits = model.head(features[scale * turns + views % turns, chosen])
         return focal_loss(logits, labels[chosen], GAMMA), logits, labels[chosen]
 
     labelled = find_validation(root, pairs.classes)

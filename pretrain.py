@@ -48,7 +48,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 def main():
     settings = read_settings(globals())
     check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
-    check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
     check(0 < VAL_FRACTION < 1, f"VAL_FRACTION is between 0 and 1, not {VAL_FRACTION}")
     check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     device = choose_device(DEVICE)
@@ -84,7 +84,7 @@ def main():
     checkpoint = {
         "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
         "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,
-        "grey": (mean, std), "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
+        "scales": TRAIN_SCALES, "grey": (mean, std), "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     fit(
         model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),

@@ -50,7 +50,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 
 def main():
     settings = read_settings(globals())
-    check(EPOCHS > 0 and BATCH_SIZE > 0, "EPOCHS and BATCH_SIZE are at least 1")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
     check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     check(TEMPERATURE > 0 and FEATURE_TEMPERATURE > 0, "temperatures are above 0")
     device = choose_device(DEVICE)
@@ -104,7 +104,7 @@ def main():
     labelled = find_validation(root, pairs.classes)
     checkpoint = source | {
         "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
-        "grey": sar_grey, "data_root": root,
+        "scales": TRAIN_SCALES, "grey": sar_grey, "data_root": root,
     }  # fmt: skip
     fit(
         student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),

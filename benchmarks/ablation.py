@@ -3,7 +3,7 @@
 python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2]
 
 Runs the plain SAR baseline (cross-entropy, chips drawn as they are, one view, no vote), then adds
-one step at a time. Every row that trains a SAR network takes the same number of optimizer steps.
+one step at a time; started again, it goes on after the networks that it finished. Every row that trains a SAR network takes the same number of optimizer steps.
 Prints a Markdown table and keeps it, with the figure of every seed, in OUT_DIR.
 """
 
@@ -87,7 +87,10 @@ def one_seed(seed):
 
 
 def train(script, *settings):
-    """Run a script in a process of its own, with its share of the cores."""
+    """Run a script in a process of its own, with its share of the cores, unless it has ended before."""
+    where = next(s for s in settings if s.startswith("OUT_DIR=")).removeprefix("OUT_DIR=")
+    if (Path(where) / "curves.png").exists():
+        return
     threads = str(max(1, (os.cpu_count() or 1) // JOBS))
     found = subprocess.run(
         [sys.executable, str(ROOT / script), *settings],

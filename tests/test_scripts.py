@@ -99,7 +99,8 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkey
     for step in range(3):
         indices, views = map(torch.from_numpy, stream.batch(step))
         _, logits, labels = seen["loss_of"](step)
-        images = to_input(turn(chips[indices], views), source["image_size"], *source["grey"])
+        size = round(source["image_size"] * source["scales"][step])
+        images = to_input(turn(chips[indices], views), size, *source["grey"])
         torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
         assert labels.tolist() == pairs.labels[train][indices].tolist()
 

@@ -11,7 +11,7 @@ import torch
 FORMAT = 1
 # What rebuilds the classifier and says what it was made for.
 KEYS = ("format", "stage", "sensor", "settings", "backbone", "image_size", "classes", "class_ids")
-KEYS += ("grey", "data_root", "val_fraction", "model")
+KEYS += ("scales", "grey", "data_root", "val_fraction", "model")
 
 
 def save_checkpoint(path, checkpoint):
