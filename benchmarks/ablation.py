@@ -3,8 +3,9 @@
 python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2]
 
 Runs the plain SAR baseline (cross-entropy, chips drawn as they are, one view, no vote), then adds
-one step at a time; started again, it goes on after the networks that it finished. Every row that trains a SAR network takes the same number of optimizer steps.
-Prints a Markdown table and keeps it, with the figure of every seed, in OUT_DIR.
+one step at a time. Every row that trains a SAR network takes the same number of optimizer steps.
+Started again, it goes on after the networks that it finished. Prints a Markdown table and keeps
+it, with the figure of every seed, in OUT_DIR.
 """
 
 import csv
