@@ -10,7 +10,7 @@ from pathlib import Path
 from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
 from data.store import ChipStore, open_store
 from utils.checkpoint import build_model, load_checkpoint
-from utils.cluster import cluster_chips, vote
+from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
 from utils.metrics import scores
 from utils.predict import IDENTITY, predict, scaled, tta_views
@@ -49,6 +49,8 @@ def main():
         CLUSTER_SCORE in ("none", "mean", "logits"),
         f"CLUSTER_SCORE is none, mean or logits, not {CLUSTER_SCORE!r}",
     )
+    check(CLUSTER_BY in BY, f"CLUSTER_BY is one of {', '.join(BY)}, not {CLUSTER_BY!r}")
+    check(VOTE in HOW, f"VOTE is one of {', '.join(HOW)}, not {VOTE!r}")
     check(BATCH_SIZE > 0 and ENERGY_TEMPERATURE > 0, "BATCH_SIZE and ENERGY_TEMPERATURE are above 0")
     views = tta_views(ROTATIONS, SCALES) if TTA else IDENTITY
     device = choose_device(DEVICE)
@@ -60,6 +62,9 @@ def main():
     )
     folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT or source["data_root"])
     paths = find_chips(folder)
+    names = [path.name for path in paths]
+    if CLUSTER_BY in ("sequence", "both"):
+        chip_numbers(names)  # names without one are told of before the long work
     reference = find_reference(folder)
     truth = read_labelled(paths, reference, source["classes"]) if reference else None
     store = ChipStore(open_store(paths, STORE_DIR), device)
@@ -76,9 +81,7 @@ def main():
     see = (model, store, source["image_size"], source["grey"])
     logits, features = predict(*see, views, BATCH_SIZE, progress="predict")
     densities = energy_logits(logits, features)
-    clusters = cluster_chips(
-        features.cpu().numpy(), [path.name for path in paths], CLUSTER_BY, CLUSTERS, SEQUENCE_GAP
-    )
+    clusters = cluster_chips(features.cpu().numpy(), names, CLUSTER_BY, CLUSTERS, SEQUENCE_GAP)
     labels = vote(logits.cpu().numpy(), clusters, VOTE, VOTE_MIN_SHARE)
     own = confidence(densities, ENERGY_TEMPERATURE).cpu().numpy()
     if CLUSTER_SCORE == "mean":

@@ -86,8 +86,9 @@ def test_prediction_and_confidence():
         assert logits.shape == (9, 5) and logits.device.type == features.device.type == "cuda"
         width = model.width
         gaussians = {
-            "mean": torch.zeros(5, width, device=device), "precision": torch.eye(width, device=device),
-            "log_prior": torch.zeros(5, device=device), "log_det": torch.zeros((), device=device),
+            "mean": torch.zeros(5, width), "precision": torch.eye(width),
+            "log_prior": torch.zeros(5), "log_det": torch.zeros(()),
         }  # fmt: skip
+        gaussians = {name: value.to(device, torch.float64) for name, value in gaussians.items()}
         found = confidence(log_densities(features, gaussians))
         assert found.shape == (9,) and found.device.type == "cuda"

@@ -161,6 +161,20 @@ def test_results_in_other_ways(pipeline, settings):
         assert steps[0]["total"] == steps[-1]["total"]
 
 
+def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, tmp_path):
+    cwd, _ = pipeline
+    for source, name in zip(
+        sorted((tiny_demo / "test").glob("*.png")), ("a.png", "b.png", "c d.png"), strict=False
+    ):
+        shutil.copy(source, tmp_path / name)
+    process = run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed")
+    assert process.returncode == 1 and "has no number in its name" in process.stderr
+    assert "predict" not in process.stderr
+    must(run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed", "CLUSTER_BY=features"))
+    rows = list(csv.DictReader(open(cwd / "unnamed/results.csv")))
+    assert [row["image_id"] for row in rows] == ["a", "b", "c d"]
+
+
 def test_plain_sar_baseline(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = ["SENSOR=SAR", "GAMMA=0", "BALANCE=0", "EPOCHS=1", "OUT_DIR=plain", f"DATA_ROOT={tiny_demo}"]

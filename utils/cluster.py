@@ -53,7 +53,7 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     features, names = np.asarray(features), np.asarray(names, dtype=str)
     if len(features) != len(names):
         raise SettingError(f"There are {len(features)} rows of features but {len(names)} names.")
-    numbers = _numbers(names) if by in ("sequence", "both") else np.zeros(len(names), np.int64)
+    numbers = chip_numbers(names) if by in ("sequence", "both") else np.zeros(len(names), np.int64)
     if by == "none" or len(names) < 2:
         return np.arange(len(names))
     # In one order whatever the input's: k-means starts from rows, Ward breaks ties by rows.
@@ -99,8 +99,11 @@ def vote(logits, clusters, how="hard", min_share=0.0):
     return np.where(shares[clusters] >= min_share, winners[clusters], labels)
 
 
-def _numbers(names):
-    """The last run of digits in each file's stem, int64 [N]."""
+def chip_numbers(names):
+    """The last run of digits in each file's stem, int64 [N].
+
+    Raises SettingError for a name without any: it belongs to no sequence.
+    """
     numbers = np.empty(len(names), np.int64)
     for i, name in enumerate(names):
         digits = re.findall(r"[0-9]+", PurePath(name).stem)

@@ -36,7 +36,7 @@ def fit_gaussians(features, labels, classes):
         features: [N, D] array; labels: [N], 0..C-1; classes: C.
 
     Returns:
-        dict of float32 tensors: "mean" [C, D], "precision" [D, D], "log_prior" [C]
+        dict of float64 tensors: "mean" [C, D], "precision" [D, D], "log_prior" [C]
         (-inf for a class without chips), and "log_det" [] of the precision.
 
     Source: Ledoit and Wolf, J. Multivariate Analysis 88, 2004, in scikit-learn.
@@ -51,7 +51,7 @@ def fit_gaussians(features, labels, classes):
         log_prior = np.log(counts / counts.sum())
     fitted = {"mean": mean, "precision": precision, "log_prior": log_prior}
     fitted["log_det"] = np.linalg.slogdet(precision)[1]
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in fitted.items()}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in fitted.items()}
 
 
 def log_densities(features, gaussians):
@@ -63,9 +63,8 @@ def log_densities(features, gaussians):
     Returns:
         [N, C] float64.
     """
-    g = {name: value.double() for name, value in gaussians.items()}
-    z = features.double()
-    from_mean = z[:, None] - g["mean"]
-    distance = torch.einsum("ncd,de,nce->nc", from_mean, g["precision"], from_mean)
-    constant = g["log_det"] - z.shape[1] * float(np.log(2 * np.pi))
-    return g["log_prior"] + 0.5 * (constant - distance)
+    white = torch.linalg.cholesky(gaussians["precision"])  # features @ white have unit covariance
+    exactly = "donot_use_mm_for_euclid_dist"
+    distance = torch.cdist(features.double() @ white, gaussians["mean"] @ white, compute_mode=exactly)
+    constant = gaussians["log_det"] - features.shape[1] * float(np.log(2 * np.pi))
+    return gaussians["log_prior"] + 0.5 * (constant - distance**2)
