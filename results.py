@@ -14,7 +14,7 @@ from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
 from utils.metrics import scores
 from utils.predict import IDENTITY, predict, scaled, tta_views
-from utils.report import save_scores, table
+from utils.report import forget_scores, save_scores, table
 from utils.settings import check, read_settings, run
 from utils.submission import write_submission
 from utils.training import choose_device
@@ -99,6 +99,7 @@ def main():
         OUT_DIR, image_ids(paths), ids, score, seconds, device.type == "cuda", described
     )
     print(f"{len(paths)} chips, {clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
+    forget_scores(Path(OUT_DIR))  # those of an earlier run do not belong to this submission
     if truth is not None:
         alone, features_alone = predict(*see, IDENTITY, BATCH_SIZE)
         own_alone = confidence(energy_logits(alone, features_alone), ENERGY_TEMPERATURE).cpu().numpy()
@@ -112,7 +113,7 @@ def main():
         steps = {name: scores(*stage, truth.labels, truth.ood) for name, stage in stages.items()}
         print(table(steps, list(steps["one view"])))
         save_scores(Path(OUT_DIR), steps, labels, truth.labels, truth.ood, source["classes"])
-    print(f"written: {archive} and, beside it, {', '.join(sorted(p.name for p in Path(OUT_DIR).iterdir()))}")
+    print(f"written: {archive} and, beside it, what it holds{' and the scores' if truth else ''}")
 
 
 if __name__ == "__main__":

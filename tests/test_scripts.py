@@ -229,6 +229,8 @@ def test_unlabelled_real_chips_give_a_valid_submission(pipeline, shared):
     cwd, _ = pipeline
     chips = cwd / "unicorn"
     shutil.copytree(shared / "unicorn_sar", chips)
+    (cwd / "unicorn_results").mkdir()
+    (cwd / "unicorn_results" / "metrics.json").write_text("of an earlier run")
     must(run_script("results.py", cwd, f"TEST_DIR={chips}", "OUT_DIR=unicorn_results"))
     rows = list(csv.DictReader(open(cwd / "unicorn_results/results.csv")))
     assert {r["image_id"] for r in rows} == {p.stem.removeprefix("SAR_") for p in chips.glob("*.png")}

@@ -41,6 +41,12 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
+def forget_scores(out_dir):
+    """Remove what save_scores wrote for an earlier prediction."""
+    for name in ("steps.csv", "metrics.json", "confusion.csv", "confusion.png"):
+        (out_dir / name).unlink(missing_ok=True)
+
+
 def save_scores(out_dir, steps, predicted, labels, ood, classes):
     """steps.csv (the scores after each step), metrics.json (the final ones), confusion.csv, .png."""
     columns = list(next(iter(steps.values())))
