@@ -36,7 +36,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 
 def main():
     settings = read_settings(globals())
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -65,7 +65,8 @@ def main():
         chosen, views = on_device(stream.batch(step), device)
         scale = step % (len(seen) // turns)  # one a step, in turn, as the backbone was trained
         logits = model.head(features[scale * turns + views % turns, chosen])
-        return focal_loss(logits, labels[chosen], GAMMA), logits, labels[chosen]
+        truth = labels[chosen]
+        return focal_loss(logits, truth, GAMMA), logits, truth
 
     labelled = find_validation(root, pairs.classes)
     checkpoint = source | {

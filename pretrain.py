@@ -48,7 +48,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 def main():
     settings = read_settings(globals())
     check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
     check(0 < VAL_FRACTION < 1, f"VAL_FRACTION is between 0 and 1, not {VAL_FRACTION}")
     check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     device = choose_device(DEVICE)
@@ -77,7 +77,8 @@ def main():
         images = to_input(turn(store[chosen], views), size, mean, std)
         images = jitter(speckle(images, SPECKLE, mean, std), JITTER)
         logits = model(images.to(memory_format=torch.channels_last))
-        return focal_loss(logits, labels[chosen], GAMMA, alpha), logits, labels[chosen]
+        truth = labels[chosen]
+        return focal_loss(logits, truth, GAMMA, alpha), logits, truth
 
     # Only SAR has labelled validation chips; without them a part of the pairs serves.
     labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None

@@ -50,7 +50,7 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 
 def main():
     settings = read_settings(globals())
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED 0")
+    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
     check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
     check(TEMPERATURE > 0 and FEATURE_TEMPERATURE > 0, "temperatures are above 0")
     device = choose_device(DEVICE)
@@ -93,13 +93,13 @@ def main():
             taught = teacher.features(eo_images.to(memory_format=torch.channels_last))
             target = teacher.head(taught)
         features = student.features(sar_images.to(memory_format=torch.channels_last))
-        logits = student.head(features)
+        logits, truth = student.head(features), labels[chosen]
         loss = KL_WEIGHT * distillation_loss(logits, target, TEMPERATURE)
         if FEATURE_WEIGHT:
             loss = loss + FEATURE_WEIGHT * distillation_loss(project(features), taught, FEATURE_TEMPERATURE)
         if LABEL_WEIGHT:
-            loss = loss + LABEL_WEIGHT * focal_loss(logits, labels[chosen], GAMMA)
-        return loss, logits, labels[chosen]
+            loss = loss + LABEL_WEIGHT * focal_loss(logits, truth, GAMMA)
+        return loss, logits, truth
 
     labelled = find_validation(root, pairs.classes)
     checkpoint = source | {

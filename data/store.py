@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 MAX_SIDE = 512  # px; larger chips are reduced to it
 CHUNK = 512  # chips that a worker decodes at a time
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 
 def open_store(paths, folder):
@@ -165,7 +166,7 @@ def _decode_chunk(paths, side):
     for i, path in enumerate(paths):
         try:
             block[i] = decode(path, side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             bad.append(f"{path} ({str(error).splitlines()[0]})")
     return block, bad
 
@@ -177,6 +178,6 @@ def _common_side(paths):
         try:
             with Image.open(path) as image:
                 sides.append(max(image.size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except UNREADABLE:
             continue  # reported with all others by _decode_all
     return min(int(np.bincount(sides).argmax()), MAX_SIDE) if sides else 1

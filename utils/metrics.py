@@ -1,5 +1,7 @@
 """The challenge's scores, by scikit-learn."""
 
+import warnings
+
 import numpy as np
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 
@@ -35,8 +37,6 @@ def scores(predicted, confidence, labels, ood):
 def class_mean_accuracy(predicted, labels):
     """Mean over the classes that occur in `labels` of the share of their chips that is right."""
     # A class that is only ever predicted has no accuracy; scikit-learn leaves it out too.
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
         return float(balanced_accuracy_score(labels, predicted))

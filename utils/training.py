@@ -25,11 +25,9 @@ def choose_device(name):
     On CUDA it also switches TF32 and the search for the fastest convolutions on.
     """
     try:
-        device = (
-            torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            if name == "auto"
-            else (torch.device(name))
-        )
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"DEVICE {name} cannot be used: {str(error).splitlines()[0]}") from error
