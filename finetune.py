@@ -4,20 +4,26 @@ python finetune.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 """
 
 import math
+from functools import partial
+from itertools import chain, product
 
 from data.augment import VIEWS
+from data.feed import Feed
 from data.layouts import find_pairs, find_validation
-from data.sampler import BalancedStream, on_device, stratified_split
-from data.store import ChipStore, open_store
+from data.sampler import BalancedStream, few_of_each, stratified_split
+from data.store import open_store, place_stores
 from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
 from utils.energy import fit_gaussians
-from utils.predict import IDENTITY, predict, tta_views
+from utils.frozen import FrozenCache
+from utils.predict import scaled, view_features
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 STUDENT = "runs/sar_feature/best.pt"  # SAR checkpoint of sar_feature.py
 DATA_ROOT = ""  # folder of the data set; empty: the student's
@@ -29,9 +35,12 @@ LEARNING_RATE = 1e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of AdamW; higher keeps the head smaller
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
+GAUSSIAN_CHIPS = 1000  # most chips of a class that show how its features are spread
 ALL_VIEWS = True  # True: all flips, rotations and trained scales of a chip; False: the chip as it is
 SEED = 0  # fixes everything random
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
 def main():
@@ -44,28 +53,39 @@ def main():
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
     train, held_out = stratified_split(pairs.labels, source["val_fraction"])
-    store = ChipStore(open_store(pairs.sar, STORE_DIR), device)
-    labels = torch.from_numpy(pairs.labels[train]).to(device)
-    stream = BalancedStream(pairs.labels[train], BATCH_SIZE, SEED)
+    (sar,) = place_stores(device, CHIP_MEMORY_GB, open_store(pairs.sar, STORE_DIR))
+    feed = Feed(BalancedStream(pairs.labels[train], BATCH_SIZE, SEED), train, pairs.labels, device)
+    steps = math.ceil(len(train) / BATCH_SIZE)
 
     model = build_model(source).freeze().to(device, memory_format=torch.channels_last)
     if NEW_HEAD:
         model.head.reset_parameters()
+    # At every scale that the student knows, one a step, or the head would forget the others.
+    scales = source["scales"] if ALL_VIEWS else (1.0,)
+    turns = range(VIEWS if ALL_VIEWS else 1)
+
+    def draw(step):
+        chosen, views = feed.draw(step)
+        return chosen, views % len(turns)
+
     # The frozen backbone gives the same features in every epoch: they are computed once.
-    # At every scale that the student knows, or the head would forget the others.
-    seen = tta_views((0, 90, 180, 270), source["scales"]) if ALL_VIEWS else IDENTITY
-    turns = min(VIEWS, len(seen))
-    chips = store.subset(torch.from_numpy(train).to(device))
-    _, features = predict(
-        model, chips, source["image_size"], source["grey"], seen, each=True, progress="features"
-    )
-    gaussians = fit_gaussians(features.mean(0).cpu(), pairs.labels[train], len(pairs.classes))
+    known = train[few_of_each(pairs.labels[train], GAUSSIAN_CHIPS)]
+    fitted = [(known, np.full(len(known), view)) for view in turns]
+
+    def features_at(first, scale):
+        requests = chain(fitted, map(draw, range(first, EPOCHS * steps, len(scales))))
+        see = partial(view_features, model, sar, scaled(source["image_size"], scale), source["grey"])
+        return FrozenCache(see, requests, len(pairs.labels), BATCH_SIZE, device, memory_gb=CHIP_MEMORY_GB)
+
+    features = list(map(features_at, range(len(scales)), scales))
+    views = tqdm(list(product(features, fitted)), desc="features", unit=" views")
+    mean = sum(seen(*request).float() for seen, request in views) / len(views)
+    counts = np.bincount(pairs.labels[train], minlength=len(pairs.classes))
+    gaussians = fit_gaussians(mean.cpu(), pairs.labels[known], counts)
 
     def loss_of(step):
-        chosen, views = on_device(stream.batch(step), device)
-        scale = step % (len(seen) // turns)  # one a step, in turn, as the backbone was trained
-        logits = model.head(features[scale * turns + views % turns, chosen])
-        truth = labels[chosen]
+        _, truth = feed(step)
+        logits = model.head(features[step % len(scales)](*draw(step)))
         return focal_loss(logits, truth, GAMMA), logits, truth
 
     labelled = find_validation(root, pairs.classes)
@@ -73,9 +93,9 @@ def main():
         "stage": "finetune", "settings": settings, "data_root": root, "gaussians": gaussians,
     }  # fmt: skip
     fit(
-        model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY, seed=SEED, out_dir=OUT_DIR, checkpoint=checkpoint,
+        model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
+        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY, seed=SEED, out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE,
     )  # fmt: skip
     announce(OUT_DIR, "python results.py")
 

@@ -5,11 +5,12 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 
 import math
 
-from data.augment import jitter, speckle, to_input, turn
+from data.augment import jitter, normalise, resize, speckle, turn
 from data.demo import ensure_demo
+from data.feed import Feed
 from data.layouts import find_pairs, find_validation
-from data.sampler import WeightedStream, on_device, stratified_split
-from data.store import ChipStore, grey_statistics, open_store
+from data.sampler import WeightedStream, stratified_split
+from data.store import grey_statistics, open_store, place_stores
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict import scaled
@@ -43,6 +44,8 @@ SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
 SEED = 0  # fixes everything random
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
 def main():
@@ -61,9 +64,9 @@ def main():
     check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
     chips = open_store(pairs.eo if SENSOR == "EO" else pairs.sar, STORE_DIR)
     mean, std = grey_statistics(chips, train)
-    store, labels = ChipStore(chips, device), torch.from_numpy(pairs.labels).to(device)
+    (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
     stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
-    train = torch.from_numpy(train).to(device)
+    feed = Feed(stream, train, pairs.labels, device, store)
 
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last)
@@ -71,13 +74,11 @@ def main():
     alpha = torch.tensor(CLASS_WEIGHTS, device=device).expand(classes)
 
     def loss_of(step):
-        drawn, views = on_device(stream.batch(step), device)
-        chosen = train[drawn]
-        size = scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)])
-        images = to_input(turn(store[chosen], views), size, mean, std)
+        views, truth, drawn = feed(step)
+        images = normalise(turn(drawn, views), mean, std)
         images = jitter(speckle(images, SPECKLE, mean, std), JITTER)
+        images = resize(images, scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
         logits = model(images.to(memory_format=torch.channels_last))
-        truth = labels[chosen]
         return focal_loss(logits, truth, GAMMA, alpha), logits, truth
 
     # Only SAR has labelled validation chips; without them a part of the pairs serves.
@@ -91,7 +92,7 @@ def main():
         model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),
         epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint,
+        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE,
     )  # fmt: skip
     announce(OUT_DIR, "python sar_feature.py" if SENSOR == "EO" else "python results.py")
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
-from data.store import ChipStore, open_store
+from data.store import open_store, place_stores
 from utils.checkpoint import build_model, load_checkpoint
 from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
@@ -40,6 +40,8 @@ ENERGY = "features"  # confidence from the "logits" of the head, or from Gaussia
 ENERGY_TEMPERATURE = 1.0  # T of the energy
 CLUSTER_SCORE = "mean"  # confidence of a chip: "none" its own, "mean" its cluster's, or "logits"
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
 def main():
@@ -67,9 +69,11 @@ def main():
         chip_numbers(names)  # names without one are told of before the long work
     reference = find_reference(folder)
     truth = read_labelled(paths, reference, source["classes"]) if reference else None
-    store = ChipStore(open_store(paths, STORE_DIR), device)
+    (store,) = place_stores(device, CHIP_MEMORY_GB, open_store(paths, STORE_DIR))
     model = build_model(source).to(device, memory_format=torch.channels_last)
     model.check_sizes({scaled(source["image_size"], scale) for _, scale in views})
+    if COMPILE:
+        model.backbone.compile()
 
     def energy_logits(logits, features):
         """f of the energy: the head's logits, or the log densities of the Gaussians."""

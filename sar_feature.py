@@ -5,15 +5,17 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 
 import math
 
-from data.augment import jitter, speckle, to_input, turn
+from data.augment import jitter, normalise, resize, speckle, turn
+from data.feed import Feed
 from data.layouts import find_pairs, find_validation
-from data.sampler import WeightedStream, on_device, stratified_split
-from data.store import ChipStore, grey_statistics, open_store
+from data.sampler import WeightedStream, stratified_split
+from data.store import grey_statistics, open_store, place_stores
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
-from utils.predict import scaled
+from utils.frozen import FrozenCache
+from utils.predict import autocast, scaled, view_features
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -41,11 +43,14 @@ FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
 LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy
 BALANCE = 0.5  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
-JITTER = 0.3  # random contrast and brightness, in standard deviations, each sensor its own
+JITTER = 0.3  # random contrast and brightness of the SAR chip, in standard deviations
 SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
+CACHE_TEACHER = True  # True asks the teacher once for each chip and view, False at every step
 SEED = 0  # fixes everything random
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
 def main():
@@ -65,12 +70,12 @@ def main():
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
     train, held_out = stratified_split(pairs.labels, source["val_fraction"])
-    sar_chips = open_store(pairs.sar, STORE_DIR)
+    eo_chips, sar_chips = open_store(pairs.eo, STORE_DIR), open_store(pairs.sar, STORE_DIR)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
-    eo, sar = ChipStore(open_store(pairs.eo, STORE_DIR), device), ChipStore(sar_chips, device)
-    labels = torch.from_numpy(pairs.labels).to(device)
+    eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
     stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
-    train = torch.from_numpy(train).to(device)
+    feed = Feed(stream, train, pairs.labels, device, sar)
+    steps = math.ceil(len(train) / BATCH_SIZE)
 
     teacher = build_model(source).requires_grad_(False).to(device, memory_format=torch.channels_last)
     student = Classifier(backbone, len(pairs.classes), size, "" if INIT == "teacher" else INIT)
@@ -81,19 +86,30 @@ def main():
     same = student.width == teacher.width
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    def loss_of(step):
-        drawn, views = on_device(stream.batch(step), device)
-        chosen = train[drawn]
-        # One view for both chips of a pair, or the teacher would speak of another picture.
-        eo_images = jitter(to_input(turn(eo[chosen], views), size, *eo_grey), JITTER)
-        seen = scaled(size, TRAIN_SCALES[step % len(TRAIN_SCALES)])
-        sar_images = to_input(turn(sar[chosen], views), seen, *sar_grey)
-        sar_images = jitter(speckle(sar_images, SPECKLE, *sar_grey), JITTER)
-        with torch.no_grad():
-            taught = teacher.features(eo_images.to(memory_format=torch.channels_last))
+    @torch.no_grad()
+    def teach(chosen, views):
+        """The teacher's features and logits side by side, [B, D + C]; where only KL asks, the logits."""
+        taught = view_features(teacher, eo, size, eo_grey, chosen, views)
+        with autocast(device):
             target = teacher.head(taught)
-        features = student.features(sar_images.to(memory_format=torch.channels_last))
-        logits, truth = student.head(features), labels[chosen]
+        return torch.cat((taught, target), 1) if FEATURE_WEIGHT else target
+
+    # One view for both chips of a pair, or the teacher would speak of another picture.
+    lessons = teach
+    if CACHE_TEACHER:
+        requests = (feed.draw(step) for step in range(EPOCHS * steps))
+        lessons = FrozenCache(
+            teach, requests, len(pairs.labels), BATCH_SIZE, device, torch.float16, CHIP_MEMORY_GB
+        )
+
+    def loss_of(step):
+        views, truth, drawn = feed(step)
+        images = normalise(turn(drawn, views), *sar_grey)
+        images = jitter(speckle(images, SPECKLE, *sar_grey), JITTER)
+        images = resize(images, scaled(size, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
+        taught, target = lessons(*feed.draw(step)).tensor_split((-len(pairs.classes),), dim=1)
+        features = student.features(images.to(memory_format=torch.channels_last))
+        logits = student.head(features)
         loss = KL_WEIGHT * distillation_loss(logits, target, TEMPERATURE)
         if FEATURE_WEIGHT:
             loss = loss + FEATURE_WEIGHT * distillation_loss(project(features), taught, FEATURE_TEMPERATURE)
@@ -108,9 +124,9 @@ def main():
     }  # fmt: skip
     fit(
         student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
+        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint, also_trained=[project],
+        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, also_trained=[project],
     )  # fmt: skip
     announce(OUT_DIR, "python finetune.py")
 

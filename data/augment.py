@@ -3,6 +3,8 @@
 Device and dtype come from the tensors; nothing here waits for the device.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +26,7 @@ def turn(chips, views):
     return chips.flatten(1).gather(1, _positions(side, chips.device)[views]).view(n, side, side)
 
 
+@functools.cache
 def _positions(side, device):
     """[8, S*S] int64: for each view, the source pixel of each pixel."""
     grid = torch.arange(side * side, device=device).view(side, side)
@@ -32,22 +35,31 @@ def _positions(side, device):
 
 
 def to_input(chips, size, mean, std):
-    """Network input from grey levels: resized (bilinear), scaled to zero mean and unit spread.
+    """Network input from grey levels, without augmentation: `normalise`, then `resize`."""
+    return resize(normalise(chips, mean, std), size)
+
+
+def normalise(chips, mean, std):
+    """Grey levels at zero mean and unit spread.
 
     Args:
         chips: uint8 [N, S, S].
-        size: side of the input, px.
         mean, std: of the sensor's grey level, 0..1.
 
     Returns:
-        float32 [N, 1, size, size].
+        float32 [N, 1, S, S].
     """
-    images = chips[:, None].to(torch.float32)
-    if chips.shape[-1] != size:
-        images = F.interpolate(
-            images, size=(size, size), mode="bilinear", antialias=size < chips.shape[-1]
-        )
-    return images.mul(1 / (255 * std)).sub(mean / std)
+    return chips[:, None].to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def resize(images, size):
+    """Images [N, 1, S, S] at the network's size, px: bilinear, smoothed where they get smaller.
+
+    It comes last: what is done to the grey levels before it costs the chip's pixels, not the input's.
+    """
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 def jitter(images, strength):
@@ -60,7 +72,7 @@ def jitter(images, strength):
     if not strength:
         return images
     u, v = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * 2 - 1).mul(strength)
-    return images * (1 + u) + v
+    return torch.addcmul(v, images, 1 + u)
 
 
 def speckle(images, strength, mean, std):

@@ -8,15 +8,6 @@ is asked, so a run can start again at any step, and ranks can each take their pa
 from data.augment import VIEWS
 
 import numpy as np
-import torch
-
-
-def on_device(batch, device):
-    """The arrays of a batch as tensors on the device; for CUDA copied without waiting for it."""
-    tensors = (torch.from_numpy(array) for array in batch)
-    if torch.cuda.is_available():
-        tensors = (tensor.pin_memory() for tensor in tensors)
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 class WeightedStream:
@@ -60,39 +51,67 @@ class BalancedStream:
         self.members = _ClassMembers(labels)
         self.present = np.flatnonzero(self.members.counts)
         self.batch_size, self.seed = batch_size, seed
-        self.rounds = {}
 
     def batch(self, step):
         """Indices int64 [B] and views int64 [B], 0..7, of step 0, 1, 2, ..."""
-        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        drawn = self.present[position % len(self.present)]
-        turn, place = np.divmod(position // len(self.present), self.members.counts[drawn])
-        for label, lap in {(c, t) for c, t in zip(drawn.tolist(), turn.tolist(), strict=True)}:
-            mine = (drawn == label) & (turn == lap)
-            place[mine] = self._round(label, lap)[place[mine]]
         random = np.random.default_rng([self.seed, step])
-        mixed = random.permutation(self.batch_size)
-        return self.members.at(drawn, place)[mixed], random.integers(VIEWS, size=self.batch_size)
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        turn, which = np.divmod(random.permutation(position), len(self.present))
+        drawn = self.present[which]
+        count = self.members.counts[drawn]
+        lap, place = np.divmod(turn, count)
+        key = _mixed(_mixed(drawn.astype(np.uint64) + np.uint64(self.seed)) + lap.astype(np.uint64))
+        return self.members.at(drawn, _shuffled(place, count, key)), random.integers(VIEWS, size=len(drawn))
 
-    def _round(self, label, lap):
-        """The order of a class's chips in its lap-th round; the latest of each class is kept."""
-        if self.rounds.get(label, (None,))[0] != lap:
-            random = np.random.default_rng([self.seed, label, lap])
-            order = np.arange(self.members.counts[label], dtype=np.int32)
-            random.shuffle(order)
-            self.rounds[label] = (lap, order)
-        return self.rounds[label][1]
+
+def _shuffled(place, count, key):
+    """The place-th of 0..count-1 in the random order that `key` names; arrays, element by element.
+
+    Nothing is stored or shuffled, whatever the count: a Feistel network over a grid that just
+    holds `count` cells, walked on where it lands outside (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", CT-RSA 2002).
+    """
+    count, place = count.astype(np.uint64), place.astype(np.uint64)
+    high = np.ceil(np.sqrt(count)).astype(np.uint64)
+    wide = (count + high - np.uint64(1)) // high
+    walking = np.arange(len(place))
+    while len(walking):
+        rows, columns, code = high[walking], wide[walking], key[walking]
+        row, column = np.divmod(place[walking], columns)
+        for _ in range(4):
+            code = _mixed(code)
+            row = (row + _mixed(column + code)) % rows
+            column = (column + _mixed(row - code)) % columns
+        place[walking] = row * columns + column
+        walking = walking[place[walking] >= count[walking]]
+    return place.astype(np.int64)
+
+
+def _mixed(x):
+    """A well-mixed uint64 of each uint64 (the finaliser of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class _ClassMembers:
     """The chips of each class: counts [C], and the indices sorted by class (4 bytes a chip)."""
 
+    CHUNK = 1 << 20  # chips sorted at a time, to need no more memory than the result
+
     def __init__(self, labels):
         labels = np.asarray(labels)
         self.counts = np.bincount(labels)
         self.start = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
-        kind = np.int32 if len(labels) < 2**31 else np.int64
-        self.order = np.argsort(labels, kind="stable").astype(kind)
+        self.order = np.empty(len(labels), np.int32 if len(labels) < 2**31 else np.int64)
+        place = self.start.copy()
+        for begin in range(0, len(labels), self.CHUNK):
+            part = labels[begin : begin + self.CHUNK]
+            sizes = np.bincount(part, minlength=len(self.counts))
+            chips = np.split(np.argsort(part, kind="stable") + begin, np.cumsum(sizes)[:-1])
+            for label in np.flatnonzero(sizes):
+                self.order[place[label] : place[label] + sizes[label]] = chips[label]
+            place += sizes
 
     def at(self, classes, places):
         """Indices of the places-th chip of each class."""
@@ -117,3 +136,9 @@ def stratified_split(labels, fraction):
         validation.append(random.permutation(chips)[:aside])
     validation = np.sort(np.concatenate(validation)).astype(np.int64)
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def few_of_each(labels, most):
+    """Indices, sorted, of at most about `most` chips of each class, evenly spread over its chips."""
+    chips = (np.flatnonzero(labels == label) for label in np.unique(labels))
+    return np.sort(np.concatenate([mine[:: -(-len(mine) // most)] for mine in chips]))

@@ -7,6 +7,7 @@ sets the gradients by hand and takes an optimizer step.
 import runpy
 import sys
 
+from data.augment import _positions
 from data.store import ChipStore
 from models.backbone import Classifier
 from tests.conftest import ROOT
@@ -48,6 +49,13 @@ def fake_cuda():
 
 
 @pytest.fixture(autouse=True)
+def forget_fake_positions():
+    """A fake tensor belongs to its mode; none may be kept for the next test."""
+    yield
+    _positions.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def move_by_replacing(monkeypatch):
     """Module.to swaps the tensors of its parameters, which fake ones refuse: replace them."""
 
@@ -77,7 +85,8 @@ def test_stage(pipeline, tiny_demo, monkeypatch, script, settings):
     forward_and_step.ran = False
     monkeypatch.setattr("utils.training.fit", forward_and_step)
     # Scikit-learn needs numbers, which fake tensors do not have.
-    monkeypatch.setattr("utils.energy.fit_gaussians", lambda features, labels, classes: {})
+    monkeypatch.setattr("utils.energy.fit_gaussians", lambda features, labels, counts: {})
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
     monkeypatch.chdir(cwd)
     arguments = [script, f"DATA_ROOT={tiny_demo}", "DEVICE=cuda", "OUT_DIR=fake", *settings]
     monkeypatch.setattr(sys, "argv", arguments)

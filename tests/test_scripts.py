@@ -123,6 +123,29 @@ def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
     assert not same(teachers[0].state_dict(), load(cwd / "other/last.pt")["model"])
 
 
+@pytest.mark.parametrize("extra", [[], ["FEATURE_WEIGHT=1", "LABEL_WEIGHT=0"]])
+def test_the_cached_teacher_makes_the_same_student(pipeline, extra):
+    """To within the half precision in which its answers are kept."""
+    cwd, _ = pipeline
+    for cached in (True, False):
+        settings = [f"CACHE_TEACHER={cached}", f"OUT_DIR={cached}", "EPOCHS=3", *extra]
+        must(run_script("sar_feature.py", cwd, *settings))
+    outs = ("True/last.pt", "False/last.pt", "runs/pretrain/best.pt")
+    one, two, start = (load(cwd / out)["model"] for out in outs)
+    apart = sum((one[k] - two[k]).square().sum() for k in one if k.endswith("weight")) ** 0.5
+    moved = sum((one[k] - start[k]).square().sum() for k in one if k.endswith("weight")) ** 0.5
+    assert apart < 0.01 * moved, (apart, moved)
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "sar_feature.py", "finetune.py"])
+def test_the_weights_are_the_same_wherever_the_chips_are_kept(pipeline, tiny_demo, script):
+    cwd, _ = pipeline
+    for out, memory in (("near", 0), ("far", 1e-6)):
+        settings = [f"CHIP_MEMORY_GB={memory}", f"OUT_DIR={out}", f"DATA_ROOT={tiny_demo}", "EPOCHS=1"]
+        must(run_script(script, cwd, *settings))
+    assert same(load(cwd / "near/last.pt")["model"], load(cwd / "far/last.pt")["model"])
+
+
 @pytest.mark.parametrize(
     "script, extra", [("pretrain.py", ["EMA=0.9"]), ("sar_feature.py", []), ("finetune.py", [])]
 )

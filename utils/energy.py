@@ -29,11 +29,11 @@ def cluster_mean(values, clusters):
     return (sums / counts.reshape(-1, *[1] * (values.ndim - 1)))[clusters]
 
 
-def fit_gaussians(features, labels, classes):
+def fit_gaussians(features, labels, counts):
     """One Gaussian per class over the features, with a shared covariance (Ledoit-Wolf).
 
     Args:
-        features: [N, D] array; labels: [N], 0..C-1; classes: C.
+        features: [N, D] array; labels: [N], 0..C-1; counts: [C], chips of each class in training.
 
     Returns:
         dict of float64 tensors: "mean" [C, D], "precision" [D, D], "log_prior" [C]
@@ -42,10 +42,9 @@ def fit_gaussians(features, labels, classes):
     Source: Ledoit and Wolf, J. Multivariate Analysis 88, 2004, in scikit-learn.
     """
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
-    counts = np.bincount(labels, minlength=classes)
-    mean = np.zeros((classes, features.shape[1]))
+    mean = np.zeros((len(counts), features.shape[1]))
     np.add.at(mean, labels, features)
-    mean /= np.maximum(counts, 1)[:, None]
+    mean /= np.maximum(np.bincount(labels, minlength=len(counts)), 1)[:, None]
     precision = LedoitWolf(assume_centered=True).fit(features - mean[labels]).precision_
     with np.errstate(divide="ignore"):
         log_prior = np.log(counts / counts.sum())

@@ -1,6 +1,7 @@
 """Prediction over views of the test chips (test-time augmentation), one pass for all scripts."""
 
 from data.augment import to_input, turn
+from data.store import to_device
 from utils.settings import SettingError
 
 import torch
@@ -38,40 +39,65 @@ def scaled(size, scale):
 
 
 @torch.no_grad()
-def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, each=False, progress=""):
+def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, progress=""):
     """Logits and features of all chips, averaged over views.
+
+    The views of one scale go through the network together. Where the device's memory does not
+    take a batch, this and all further ones are halved.
 
     Args:
         model: Classifier, on the device of the store, as it is (set eval mode before).
         store: ChipStore of N chips.
         image_size: side of the input at scale 1, px.
         grey: (mean, std) of the sensor's grey level, 0..1.
-        views: of tta_views, V of them.
+        views: of tta_views.
         batch_size: inputs in one forward pass.
-        each: keep the views apart.
         progress: name for the progress bar; "" shows none.
 
     Returns:
-        logits [N, C], features [N, D], float32 on the device; with `each` [V, N, C], [V, N, D].
+        logits [N, C], features [N, D], float32 on the device.
     """
-    device = next(model.parameters()).device
-    logits, features = [], []
+    device = store.device
+    by_scale = {scale: [view for view, other in views if other == scale] for _, scale in views}
+    by_scale = {scale: torch.tensor(turns, device=device) for scale, turns in by_scale.items()}
+    size = max(1, batch_size // max(map(len, by_scale.values())))
+    logits, features, start = [], [], 0
     with tqdm(total=len(store) * len(views), desc=progress, unit=" views", disable=not progress) as bar:
-        for start in range(0, len(store), batch_size):
-            chips = store[start : start + batch_size]
-            rows = []
-            for view, scale in views:
-                turned = turn(chips, torch.full((len(chips),), view, device=device))
-                images = to_input(turned, scaled(image_size, scale), *grey)
-                with autocast(device):
-                    found = model.features(images.to(memory_format=torch.channels_last))
-                    rows.append((model.head(found).float(), found.float()))
-                bar.update(len(chips))
-            for kept, parts in zip((logits, features), zip(*rows, strict=True), strict=True):
-                stacked = torch.stack(parts)
-                kept.append(stacked if each else stacked.mean(0))
-    dim = 1 if each else 0
-    return torch.cat(logits, dim), torch.cat(features, dim)
+        while start < len(store):
+            chips = store[start : start + size]
+            try:
+                found = [
+                    _forward(model, chips, turns, scaled(image_size, scale), grey)
+                    for scale, turns in by_scale.items()
+                ]
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                continue
+            for kept, parts in zip((logits, features), zip(*found, strict=True), strict=True):
+                kept.append(sum(parts) / len(views))
+            start += len(chips)
+            bar.update(len(chips) * len(views))
+    return torch.cat(logits), torch.cat(features)
+
+
+def _forward(model, chips, turns, size, grey):
+    """Logits [B, C] and features [B, D] of chips [B, S, S], each summed over the views `turns`."""
+    turned = turn(chips.repeat(len(turns), 1, 1), turns.repeat_interleave(len(chips)))
+    images = to_input(turned, size, *grey)
+    with autocast(chips.device):
+        features = model.features(images.to(memory_format=torch.channels_last))
+        logits = model.head(features)
+    return tuple(x.float().unflatten(0, (len(turns), -1)).sum(0) for x in (logits, features))
+
+
+@torch.no_grad()
+def view_features(model, store, size, grey, chosen, views):
+    """Features [B, D] of the chips `chosen` at their `views`, int64 [B] arrays, at `size` px."""
+    turned = turn(store[chosen], to_device(torch.from_numpy(views), store.device))
+    with autocast(store.device):
+        return model.features(to_input(turned, size, *grey).to(memory_format=torch.channels_last))
 
 
 def autocast(device):

@@ -40,7 +40,7 @@ def choose_device(name):
 
 def fit(
     model, loss_of, validate, *, epochs, steps, learning_rate, weight_decay, warmup_epochs=0.0,
-    clip=0.0, ema=0.0, seed, out_dir, checkpoint, also_trained=(),
+    clip=0.0, ema=0.0, seed, out_dir, checkpoint, also_trained=(), compiled=False,
 ):  # fmt: skip
     """Train a classifier; after every epoch validate it and write `last.pt`, and `best.pt`.
 
@@ -59,6 +59,7 @@ def fit(
         seed: of the run; with the step number it fixes all that is random in a step.
         out_dir: folder of the outputs.
         checkpoint: what the checkpoints hold beside the weights.
+        compiled: True runs the backbone through torch.compile.
         also_trained: further modules whose parameters are trained but not saved in "model".
 
     Returns:
@@ -68,6 +69,8 @@ def fit(
     out_dir.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     trained = nn.ModuleList([model, *also_trained])
+    if compiled:
+        model.backbone.compile()
     groups = param_groups_weight_decay(trained, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     rise = _warmup_cosine(epochs * steps, round(warmup_epochs * steps))

@@ -1,10 +1,11 @@
 """How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
 
 from data.errors import DataError
-from data.store import ChipStore, open_store
+from data.store import open_store, place_stores
 from utils.metrics import class_mean_accuracy
 from utils.predict import predict
 
+import numpy as np
 import torch
 
 
@@ -18,14 +19,10 @@ def validation(checkpoint, store, labels, held_out, labelled, store_dir):
         labelled: `data.layouts.Labelled` chips, whose known ones are used instead; or None.
         store_dir: where decoded chips are kept.
     """
-    device = store.chips.device
     if labelled is not None and not labelled.ood.all():
-        store = ChipStore(open_store(labelled.paths, store_dir)[~labelled.ood], device)
-        truth = labelled.labels[~labelled.ood]
-    else:
-        store = store.subset(torch.from_numpy(held_out).to(device))
-        truth = labels[held_out]
-
+        (store,) = place_stores(store.device, 0.0, open_store(labelled.paths, store_dir))
+        held_out, labels = np.flatnonzero(~labelled.ood), labelled.labels
+    store, truth = store.subset(held_out), labels[held_out]
     if not len(truth):
         raise DataError("no class has two chips, so none is left to validate on; add chips")
     frozen_features = []  # of a frozen backbone: the same in every epoch

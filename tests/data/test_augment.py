@@ -1,4 +1,4 @@
-from data.augment import jitter, speckle, to_input, turn
+from data.augment import jitter, normalise, resize, speckle, to_input, turn
 
 import numpy as np
 import pytest
@@ -54,3 +54,14 @@ def test_speckle_is_multiplicative():
     grey = speckle(to_input(chips, 100, mean, std), 0.1, mean, std) * std + mean
     torch.testing.assert_close(grey.mean((1, 2, 3)), chips[:, 0, 0] / 255, atol=0.002, rtol=0)
     torch.testing.assert_close(grey.std((1, 2, 3)), 0.1 * chips[:, 0, 0] / 255, atol=0.001, rtol=0)
+
+
+def test_grey_levels_may_change_before_the_resize():
+    """Jitter commutes with it, so it is done on the chip's own pixels."""
+    chips = torch.randint(0, 256, (6, 56, 56), dtype=torch.uint8)
+    torch.manual_seed(0)
+    before = resize(jitter(normalise(chips, 0.4, 0.12), 0.3), 64)
+    torch.manual_seed(0)
+    torch.testing.assert_close(before, jitter(to_input(chips, 64, 0.4, 0.12), 0.3), atol=1e-4, rtol=1e-4)
+    plain = torch.nn.functional.interpolate(normalise(chips, 0.4, 0.12), size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(to_input(chips, 64, 0.4, 0.12), plain, atol=1e-5, rtol=1e-5)

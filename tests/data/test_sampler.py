@@ -1,6 +1,13 @@
 from collections import Counter
 
-from data.sampler import BalancedStream, WeightedStream, stratified_split
+from data.sampler import (
+    BalancedStream,
+    WeightedStream,
+    _ClassMembers,
+    _shuffled,
+    few_of_each,
+    stratified_split,
+)
 
 import numpy as np
 import pytest
@@ -53,6 +60,36 @@ def test_balanced_batches(batch_size):
         mine = [i for i in seen if i in chips]
         counts = Counter(mine)
         assert max(counts.values()) - min(counts[i] for i in chips) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 14, 100, 4097])
+def test_every_order_is_a_permutation_and_each_lap_has_its_own(count):
+    orders = [
+        _shuffled(np.arange(count), np.full(count, count), np.full(count, key, np.uint64)) for key in range(4)
+    ]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(count))
+    assert count < 14 or len({order.tobytes() for order in orders}) == 4
+
+
+def test_orders_are_uniform_over_places_and_pairs():
+    keys = np.arange(20_000).astype(np.uint64)
+    first, second = (_shuffled(np.full(20_000, p), np.full(20_000, 9), keys) for p in (3, 4))
+    assert chisquare(np.bincount(first)).pvalue > 1e-3
+    pairs = np.bincount(first * 9 + second, minlength=81).reshape(9, 9)
+    assert pairs.trace() == 0 and chisquare(pairs[~np.eye(9, dtype=bool)]).pvalue > 1e-3
+
+
+def test_members_sorted_in_chunks_are_those_sorted_at_once(monkeypatch):
+    monkeypatch.setattr(_ClassMembers, "CHUNK", 100)
+    members = _ClassMembers(SHUFFLED)
+    np.testing.assert_array_equal(members.order, np.argsort(SHUFFLED, kind="stable"))
+
+
+def test_few_of_each_class():
+    chosen = few_of_each(SHUFFLED, 50)
+    assert Counter(SHUFFLED[chosen].tolist()) == {0: 50, 1: 40, 2: 30, 4: 3}
+    assert (np.diff(chosen) > 0).all()
 
 
 def test_split_is_stratified_stable_and_disjoint():

@@ -1,7 +1,7 @@
 import os
 
 from data.errors import DataError
-from data.store import ChipStore, decode, grey_statistics, open_store
+from data.store import ChipStore, choose_place, decode, grey_statistics, open_store
 
 import numpy as np
 import pytest
@@ -91,10 +91,47 @@ def test_grey_statistics_leave_empty_chips_out():
         grey_statistics(np.zeros((3, 8, 8), np.uint8), np.arange(3))
 
 
-def test_chip_store_gathers_and_cuts():
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_chip_store_gathers_and_cuts(tmp_path, place):
     chips = np.random.default_rng(2).integers(0, 256, (20, 8, 8), dtype=np.uint8)
-    store = ChipStore(chips, torch.device("cpu"))
-    np.testing.assert_array_equal(store[torch.tensor([4, 19, 4])], chips[[4, 19, 4]])
-    part = store.subset(torch.tensor([3, 5]))
+    np.save(tmp_path / "chips.npy", chips)
+    store = ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("cpu"), place)
+    np.testing.assert_array_equal(store[np.array([4, 19, 4])], chips[[4, 19, 4]])
+    part = store.subset(np.array([3, 5]))
     assert len(part) == 2 and len(store) == 20
-    np.testing.assert_array_equal(part[0:2], chips[[3, 5]])
+    np.testing.assert_array_equal(part[0:9], chips[[3, 5]])
+    np.testing.assert_array_equal(part.subset(np.array([1]))[np.array([0])], chips[[5]])
+
+
+def test_what_was_read_from_disk_is_given_back(tmp_path, monkeypatch):
+    """A run over a store on disk keeps no more of it in memory than LET_GO allows, times a page a chip."""
+    chips = np.random.default_rng(3).integers(0, 256, (8000, 56, 56), dtype=np.uint8)  # 25 MB
+    np.save(tmp_path / "chips.npy", chips)
+    monkeypatch.setattr("data.store.LET_GO", 2**20)
+    store = ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("cpu"), "disk")
+
+    def resident():
+        with open("/proc/self/smaps") as file:
+            part = file.read().partition(f"{tmp_path}/chips.npy")[2]
+        return int(part.partition("Rss:")[2].split()[0]) * 1024
+
+    most = 0
+    for start in range(0, 8000, 100):
+        np.testing.assert_array_equal(store[start : start + 100], chips[start : start + 100])
+        most = max(most, resident())
+    assert 0 < most < 8 * 2**20
+
+
+def test_place_is_the_fastest_that_takes_the_chips(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("data.store._free_memory", lambda: 100)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40, 80))
+    assert [choose_place(size, cpu) for size in (50, 51)] == ["device", "disk"]
+    assert [choose_place(size, gpu) for size in (20, 21, 50, 51)] == ["device", "host", "host", "disk"]
+    assert choose_place(30, gpu, 30 / 2**30) == "device" and choose_place(30, cpu, 29 / 2**30) == "disk"
+
+
+def test_free_memory_is_told():
+    from data.store import _free_memory
+
+    assert 2**24 < _free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -24,7 +24,7 @@ def test_gaussians_equal_scipy():
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 300)
     features = random.normal(size=(300, 5)) @ random.normal(size=(5, 5)) + 3 * labels[:, None]
-    gaussians = fit_gaussians(features, labels, 3)
+    gaussians = fit_gaussians(features, labels, np.bincount(labels, minlength=3))
     found = log_densities(torch.from_numpy(features), gaussians).numpy()
     means = np.stack([features[labels == c].mean(0) for c in range(3)])
     covariance = LedoitWolf(assume_centered=True).fit(features - means[labels]).covariance_
@@ -36,7 +36,8 @@ def test_gaussians_equal_scipy():
 def test_far_features_are_less_confident_and_absent_classes_never_win():
     random = np.random.default_rng(1)
     labels = np.repeat([0, 2], 100)
-    gaussians = fit_gaussians(random.normal(size=(200, 4)) + labels[:, None], labels, 3)
+    features = random.normal(size=(200, 4)) + labels[:, None]
+    gaussians = fit_gaussians(features, labels, np.bincount(labels, minlength=3))
     near, far = torch.zeros(1, 4), torch.full((1, 4), 30.0)
     found = log_densities(torch.cat([near, far]), gaussians)
     assert confidence(found)[0] > confidence(found)[1] + 100

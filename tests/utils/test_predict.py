@@ -1,6 +1,6 @@
 from data.store import ChipStore
 from models.backbone import Classifier
-from utils.predict import predict, tta_views
+from utils.predict import predict, tta_views, view_features
 
 import numpy as np
 import pytest
@@ -58,8 +58,34 @@ def test_prediction_does_not_change_when_the_chip_is_flipped_or_turned(model, vi
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 
-def test_each_keeps_the_views_apart(model):
-    views = tta_views((0, 90), (1.0,))
-    apart, features = predict(model, store(), 56, GREY, views, each=True, batch_size=4)
-    assert apart.shape == (4, 7, 5) and features.shape == (4, 7, model.width)
-    torch.testing.assert_close(apart.mean(0), predict(model, store(), 56, GREY, views)[0])
+def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch):
+    wanted, sizes = predict(model, store(), 56, GREY, tta_views((0, 90), (0.875, 1.0))), []
+    features = model.features
+
+    def small_memory(images):
+        sizes.append(len(images))
+        if len(images) > 10:
+            raise torch.OutOfMemoryError("no memory left")
+        return features(images)
+
+    monkeypatch.setattr(model, "features", small_memory)
+    found = predict(model, store(), 56, GREY, tta_views((0, 90), (0.875, 1.0)), batch_size=64)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert sizes[0] == 28 and max(sizes[-8:]) <= 10
+
+
+def test_one_input_too_large_for_the_memory_ends_it(model, monkeypatch):
+    def no_memory(images):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(model, "features", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(model, store(), 56, GREY)
+
+
+@pytest.mark.parametrize("view", [0, 3, 6])
+def test_view_features_are_those_of_the_view(model, view):
+    chosen = np.array([5, 0, 5])
+    found = view_features(model, store(), 49, GREY, chosen, np.full(3, view))
+    wanted = predict(model, store(CHIPS[chosen]), 56, GREY, ((view, 0.875),))[1]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
