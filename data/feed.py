@@ -1,6 +1,7 @@
 """Batches on the device: drawn by a stream, gathered from the stores."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from data.store import to_device
 
@@ -28,8 +29,9 @@ class Feed:
         self.thread = ThreadPoolExecutor(1) if away else None
         self.lane = torch.cuda.Stream(self.device) if away and self.device.type == "cuda" else None
         self.next = (None, None)
+        self.draw = lru_cache(maxsize=4)(self._draw)  # a step is asked for more than once
 
-    def draw(self, step):
+    def _draw(self, step):
         """The chips and views of a step, int64 [B] arrays."""
         drawn, views = self.stream.batch(step)
         return self.members[drawn], views

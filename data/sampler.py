@@ -9,59 +9,73 @@ from data.augment import VIEWS
 
 import numpy as np
 
+AHEAD = 16  # steps drawn together, since numpy takes as long for one
 
-class WeightedStream:
-    """Chips drawn with replacement, with probability proportional to count(class)^-balance.
+
+class _Stream:
+    """Batches as a pure function of the step.
 
     Args:
         labels: [N] integers, 0..C-1.
         batch_size: B, chips a batch.
-        balance: 1 = every class equally likely, 0 = every chip equally likely.
         seed: of the stream.
     """
 
-    def __init__(self, labels, batch_size, balance, seed):
+    def __init__(self, labels, batch_size, seed):
         self.members = _ClassMembers(labels)
-        weight = np.where(self.members.counts > 0, self.members.counts, 1.0) ** (1.0 - balance)
-        self.share = np.where(self.members.counts > 0, weight, 0.0)
-        self.share /= self.share.sum()
-        self.edges = np.cumsum(self.share)
-        self.edges[self.share.nonzero()[0][-1] :] = 1.0  # rounding must not reach past the last
         self.batch_size, self.seed = batch_size, seed
+        self.drawn = (None, None, None)
 
     def batch(self, step):
         """Indices int64 [B] and views int64 [B], 0..7, of step 0, 1, 2, ..."""
-        random = np.random.default_rng([self.seed, step])
-        drawn = np.searchsorted(self.edges, random.random(self.batch_size), side="right")
-        place = (random.random(self.batch_size) * self.members.counts[drawn]).astype(np.int64)
-        return self.members.at(drawn, place), random.integers(VIEWS, size=self.batch_size)
+        block, place = divmod(step, AHEAD)
+        drawn = self.drawn
+        if drawn[0] != block:
+            random = np.random.default_rng([self.seed, block])
+            chips = self._draw(random, block * AHEAD * self.batch_size, (AHEAD, self.batch_size))
+            drawn = self.drawn = (block, chips, random.integers(VIEWS, size=chips.shape))
+        return drawn[1][place], drawn[2][place]
 
 
-class BalancedStream:
+class WeightedStream(_Stream):
+    """Chips drawn with replacement, with probability proportional to count(class)^-balance.
+
+    balance: 1 = every class equally likely, 0 = every chip equally likely.
+    """
+
+    def __init__(self, labels, batch_size, balance, seed):
+        super().__init__(labels, batch_size, seed)
+        weight = np.where(self.members.counts > 0, self.members.counts, 1.0) ** (1.0 - balance)
+        share = np.where(self.members.counts > 0, weight, 0.0)
+        share /= share.sum()
+        self.edges = np.cumsum(share)
+        self.edges[share.nonzero()[0][-1] :] = 1.0  # rounding must not reach past the last
+
+    def _draw(self, random, start, shape):
+        drawn = np.searchsorted(self.edges, random.random(shape), side="right")
+        place = (random.random(shape) * self.members.counts[drawn]).astype(np.int64)
+        return self.members.at(drawn, place)
+
+
+class BalancedStream(_Stream):
     """Every batch holds every class equally often, to within one chip; within a class every
     chip comes once before any comes twice.
 
     The classes take turns along one endless sequence; the k-th turn of a class takes the
     k-th chip of its endless row of shuffled rounds.
 
-    Args: as WeightedStream. Source: Kang et al., ICLR 2020, class-balanced sampling.
+    Source: Kang et al., ICLR 2020, class-balanced sampling.
     """
 
-    def __init__(self, labels, batch_size, seed):
-        self.members = _ClassMembers(labels)
-        self.present = np.flatnonzero(self.members.counts)
-        self.batch_size, self.seed = batch_size, seed
-
-    def batch(self, step):
-        """Indices int64 [B] and views int64 [B], 0..7, of step 0, 1, 2, ..."""
-        random = np.random.default_rng([self.seed, step])
-        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        turn, which = np.divmod(random.permutation(position), len(self.present))
-        drawn = self.present[which]
+    def _draw(self, random, start, shape):
+        position = start + np.arange(shape[0] * shape[1]).reshape(shape)
+        present = np.flatnonzero(self.members.counts)
+        turn, which = np.divmod(random.permuted(position, axis=1).ravel(), len(present))
+        drawn = present[which]
         count = self.members.counts[drawn]
         lap, place = np.divmod(turn, count)
         key = _mixed(_mixed(drawn.astype(np.uint64) + np.uint64(self.seed)) + lap.astype(np.uint64))
-        return self.members.at(drawn, _shuffled(place, count, key)), random.integers(VIEWS, size=len(drawn))
+        return self.members.at(drawn, _shuffled(place, count, key)).reshape(shape)
 
 
 def _shuffled(place, count, key):

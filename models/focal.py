@@ -24,8 +24,7 @@ def focal_loss(logits, labels, gamma=2.0, class_weights=None):
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = F.log_softmax(logits.to(wide), dim=1).gather(1, labels[:, None]).squeeze(1)
     # The floor keeps the gradient of x^gamma finite at x = 0 for gamma < 1.
-    miss = -torch.expm1(log_p).clamp_max(-1e-12) if gamma else torch.ones_like(log_p)
-    loss = -(miss**gamma) * log_p
+    loss = -((-torch.expm1(log_p).clamp_max(-1e-12)) ** gamma) * log_p if gamma else -log_p
     if class_weights is None:
         return loss.mean()
     alpha = class_weights.to(wide)[labels]

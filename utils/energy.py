@@ -45,7 +45,8 @@ def fit_gaussians(features, labels, counts):
     mean = np.zeros((len(counts), features.shape[1]))
     np.add.at(mean, labels, features)
     mean /= np.maximum(np.bincount(labels, minlength=len(counts)), 1)[:, None]
-    precision = LedoitWolf(assume_centered=True).fit(features - mean[labels]).precision_
+    spread = LedoitWolf(store_precision=False, assume_centered=True).fit(features - mean[labels])
+    precision = np.linalg.inv(spread.covariance_)  # shrunk, so never singular
     with np.errstate(divide="ignore"):
         log_prior = np.log(counts / counts.sum())
     fitted = {"mean": mean, "precision": precision, "log_prior": log_prior}

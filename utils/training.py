@@ -83,7 +83,7 @@ def fit(
         with tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False) as bar:
             for step in bar:
                 number = epoch * steps + step
-                torch.manual_seed(seed * 1_000_003 + number)
+                _seed(device, seed * 1_000_003 + number)
                 with autocast(device):
                     loss, logits, labels = loss_of(number)
                 optimizer.zero_grad(set_to_none=True)
@@ -128,6 +128,13 @@ def announce(out_dir, then):
     print(f"written: {out_dir}/best.pt, last.pt, history.csv, curves.png\nnext: {then}", flush=True)
 
 
+def _seed(device, number):
+    """As torch.manual_seed, which without CUDA writes a traceback each time (1.6 ms)."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
 def _warmup_cosine(total, warmup):
     """Factor of the learning rate at each step: linear rise, then half a cosine down to 0."""
 
@@ -143,36 +150,29 @@ class _Meter:
     """Loss and accuracy over an epoch, summed on the device and read without waiting for it."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(3, device=device)
+        self.sums, self.chips = torch.zeros(2, device=device), 0
         self.copy = None
 
     def add(self, loss, logits, labels):
-        right = (logits.detach().argmax(1) == labels).float()
-        batch = torch.stack([loss.detach().float() * len(labels), right.sum(), torch.ones_like(right).sum()])
-        self.sums += batch
+        right = (logits.detach().argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach().float() * len(labels), right.float()])
+        self.chips += len(labels)
 
     def read(self):
         """Means as of the last reading, None the first time; starts the next copy to the host."""
         ready = None
-        if self.copy is not None and (self.copy[1] is None or self.copy[1].query()):
-            ready = self._means(self.copy[0])
+        if self.copy is not None and (self.copy[2] is None or self.copy[2].query()):
+            sums, chips, _ = self.copy
+            ready = [value / chips for value in sums.tolist()]
             self.copy = None
         if self.copy is None:
-            on_device = self.sums.device.type == "cuda"
             host = self.sums.to("cpu", non_blocking=True, copy=True)
-            event = torch.cuda.Event() if on_device else None
-            if event is not None:
-                event.record()
-            self.copy = (host, event)
+            sent = torch.cuda.current_stream().record_event() if self.sums.is_cuda else None
+            self.copy = (host, self.chips, sent)
         return ready
 
     def final(self):
-        return self._means(self.sums.cpu())
-
-    @staticmethod
-    def _means(sums):
-        loss, right, count = sums.tolist()
-        return loss / count, right / count
+        return [value / self.chips for value in self.sums.tolist()]
 
 
 def _write_history(path, history):
