@@ -71,7 +71,7 @@ def main():
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last)
     model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
-    alpha = torch.tensor(CLASS_WEIGHTS, device=device).expand(classes)
+    alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(step):
         views, truth, drawn = feed(step)

@@ -49,7 +49,7 @@ def open_store(paths, folder):
         DataError: files that are not images, all listed at once.
     """
     folder = Path(folder)
-    place, state = _fingerprint(paths)
+    place, state = fingerprint(paths)
     path = folder / f"{place}-{state}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,14 +191,16 @@ def _free_memory():
     return free
 
 
-def _fingerprint(paths):
+def fingerprint(paths):
     """Two hashes: of where the chips lie, and of the names, sizes and times of the files."""
-    state = hashlib.blake2b(digest_size=8)
-    for path in paths:
+    folders, states = set(), []
+    for path in map(os.fspath, paths):
+        folder, _, name = path.rpartition(os.sep)
         info = os.stat(path)
-        state.update(f"{path.name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode(errors="replace"))
-    folders = sorted({str(path.parent) for path in paths})
-    place = hashlib.blake2b("\n".join(map(os.path.abspath, folders)).encode(), digest_size=8)
+        folders.add(folder)
+        states.append(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n")
+    state = hashlib.blake2b("".join(states).encode(errors="surrogateescape"), digest_size=8)
+    place = hashlib.blake2b("\n".join(map(os.path.abspath, sorted(folders))).encode(), digest_size=8)
     place.update(Path(paths[0]).name.encode(errors="replace")[:3])  # EO_ and SAR_ share folders
     return place.hexdigest(), state.hexdigest()
 
@@ -206,49 +208,48 @@ def _fingerprint(paths):
 def _decode_all(paths, target):
     """Decode all files on all cores into the .npy file `target`, with bounded memory."""
     side = _common_side(paths)
-    array = np.lib.format.open_memmap(
-        target, mode="w+", dtype=np.uint8, shape=(len(paths), side, side)
-    )
+    shape = (len(paths), side, side)
+    array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
     starts = range(0, len(paths), CHUNK)
-    chunks = [paths[start : start + CHUNK] for start in starts]
+    chunks = [(target, start, paths[start : start + CHUNK], side) for start in starts]
     bad = []
     with tqdm(total=len(paths), desc=f"decode {paths[0].parent}", unit=" chips") as bar:
-        for start, (block, wrong) in zip(starts, _map(_decode_chunk, chunks, side), strict=True):
-            array[start : start + len(block)] = block
+        for (_, _, chunk, _), wrong in zip(chunks, _map(_decode_chunk, chunks), strict=True):
             bad += wrong
-            bar.update(len(block))
+            bar.update(len(chunk))
     array.flush()
     if bad:
         raise DataError(f"{len(bad)} files are no readable images: {named(bad)}; replace them")
 
 
-def _map(function, chunks, side):
-    """function(chunk, side) for every chunk, in order; in processes where there is much to do."""
+def _map(function, chunks):
+    """function(chunk) for every chunk, in order; in processes where there is much to do."""
     workers = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(), 32)
     if workers < 2 or len(chunks) < 4:
-        yield from (function(chunk, side) for chunk in chunks)
+        yield from map(function, chunks)
         return
     # Forked workers start at once and only decode; elsewhere fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, chunks, [side] * len(chunks))
+        yield from pool.map(function, chunks)
 
 
-def _decode_chunk(paths, side):
-    """uint8 [len(paths), side, side], and what is wrong with which file."""
-    block, bad = np.zeros((len(paths), side, side), np.uint8), []
-    for i, path in enumerate(paths):
+def _decode_chunk(chunk):
+    """Decode some files into their place of the .npy file; returns what is wrong with which."""
+    target, start, paths, side = chunk
+    array, bad = np.asarray(np.load(target, mmap_mode="r+")), []
+    for i, path in enumerate(paths, start):
         try:
-            block[i] = decode(path, side)
+            array[i] = decode(path, side)
         except UNREADABLE as error:
             bad.append(f"{path} ({str(error).splitlines()[0]})")
-    return block, bad
+    return bad
 
 
 def _common_side(paths):
-    """The most common longest side, px, among a thousand files spread over all."""
+    """The most common longest side, px, among some hundred files spread over all."""
     sides = []
-    for path in paths[:: max(1, len(paths) // 1000)]:
+    for path in paths[:: max(1, len(paths) // 250)]:
         try:
             with Image.open(path) as image:
                 sides.append(max(image.size))

@@ -72,6 +72,7 @@ def fit(
     if compiled:
         model.backbone.compile()
     groups = param_groups_weight_decay(trained, weight_decay)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     rise = _warmup_cosine(epochs * steps, round(warmup_epochs * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
@@ -89,7 +90,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if clip:
-                    nn.utils.clip_grad_norm_(trained.parameters(), clip)
+                    nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
                 schedule.step()
                 if average is not None:
