@@ -37,7 +37,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 class Pairs:
     """Co-registered training chips, sorted by class, then by name.
 
-    eo, sar: N paths each, of the same names; labels: [N] int64 position in `classes`;
+    eo, sar: N paths each (strings), of the same names; labels: [N] int64 position in `classes`;
     class_ids: for each class the index that a submission writes.
     """
 
@@ -128,7 +128,7 @@ def find_chips(folder):
         chips = below[0] if len(below) == 1 else []
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))})")
-    return [chips[name] for name in sorted(chips, key=_natural)]
+    return [Path(chips[name]) for name in sorted(chips, key=_natural)]
 
 
 def find_validation(root, classes):
@@ -213,10 +213,10 @@ def _natural(name):
 
 
 def _images(folder):
-    """{file name: path} of the image files directly in a folder."""
+    """{file name: path, a string} of the image files directly in a folder."""
     with os.scandir(folder) as entries:
         return {
-            entry.name: Path(entry.path)
+            entry.name: entry.path  # not a Path, of which a million take their time
             for entry in entries
             if os.path.splitext(entry.name)[1].lower() in SUFFIXES
             and not entry.name.startswith(".")
@@ -231,7 +231,7 @@ def _by_class(folder):
     found = {}
     for sub in sorted(folder.iterdir()):
         if sub.is_dir() and not sub.name.startswith("."):
-            found[sub.name] = {path.stem: path for path in _images(sub).values()}
+            found[sub.name] = {os.path.splitext(name)[0]: path for name, path in _images(sub).items()}
             if not found[sub.name]:
                 raise DataError(f"the class folder {sub} holds no chips; fill or remove it")
     if not found:

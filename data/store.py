@@ -213,7 +213,7 @@ def _decode_all(paths, target):
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side) for start in starts]
     bad = []
-    with tqdm(total=len(paths), desc=f"decode {paths[0].parent}", unit=" chips") as bar:
+    with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
         for (_, _, chunk, _), wrong in zip(chunks, _map(_decode_chunk, chunks), strict=True):
             bad += wrong
             bar.update(len(chunk))

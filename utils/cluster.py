@@ -13,6 +13,7 @@ from utils.settings import SettingError
 
 import numpy as np
 from scipy.linalg import eigh
+from sklearn import config_context
 from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
@@ -64,7 +65,9 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     else:
         found = np.cumsum(np.diff(numbers[order], prepend=numbers[order[0]]) > sequence_gap)
         if by == "both":
-            found = _split(features, found)
+            # Thousands of small clusterings, of which checking the arguments takes the most time.
+            with config_context(assume_finite=True, skip_parameter_validation=True):
+                found = _split(features, found)
     ids = np.empty(len(names), np.int64)
     ids[order] = np.unique(found, return_inverse=True)[1]
     return ids
@@ -119,7 +122,7 @@ def chip_numbers(names):
 def _k_means(features, clusters):
     """Labels of `clusters` clusters at most, int [N]."""
     model = KMeans if len(features) <= LARGE else MiniBatchKMeans
-    model = model(min(clusters, len(features)), random_state=0)
+    model = model(min(clusters, len(features)), n_init=1, random_state=0)
     return model.fit_predict(features)
 
 

@@ -37,7 +37,7 @@ def test_folder_layouts_in_official_order(tmp_path, eo, sar):
     pairs = find_pairs(tmp_path)
     assert pairs.classes == ("sedan", "SUV", "bus") and pairs.class_ids == (0, 1, 7)
     assert pairs.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    for left, right, label in zip(pairs.eo, pairs.sar, pairs.labels, strict=True):
+    for left, right, label in zip(map(Path, pairs.eo), map(Path, pairs.sar), pairs.labels, strict=True):
         assert left.stem == right.stem and left.parent.name == pairs.classes[label]
         assert left.is_relative_to(tmp_path / eo) and right.is_relative_to(tmp_path / sar)
 
@@ -50,9 +50,9 @@ def test_release_of_2021(tmp_path):
     chip(tmp_path / "test_images" / "-1" / "SAR_77.png")
     pairs = find_pairs(tmp_path)
     assert pairs.classes == OFFICIAL_CLASSES and pairs.class_ids == tuple(range(10))
-    assert [p.name for p in pairs.eo[:2]] == ["EO_1.png", "EO_12.png"]
-    assert [p.name for p in pairs.sar[:2]] == ["SAR_1.png", "SAR_12.png"]
-    assert [int(p.parent.name) for p in pairs.sar] == pairs.labels.tolist()
+    assert [Path(p).name for p in pairs.eo[:2]] == ["EO_1.png", "EO_12.png"]
+    assert [Path(p).name for p in pairs.sar[:2]] == ["SAR_1.png", "SAR_12.png"]
+    assert [int(Path(p).parent.name) for p in pairs.sar] == pairs.labels.tolist()
     assert image_ids(find_chips(find_test(tmp_path))) == ["77"]
 
 
@@ -61,7 +61,7 @@ def test_other_classes_are_alphabetical_and_can_be_ordered(tmp_path):
     assert find_pairs(tmp_path).classes == ("2S1", "D7", "T72")
     chosen = find_pairs(tmp_path, ("T72", "D7", "2S1"))
     assert chosen.classes == ("T72", "D7", "2S1") and chosen.class_ids == (0, 1, 2)
-    assert [p.parent.name for p in chosen.eo[:3]] == ["T72"] * 3
+    assert [Path(p).parent.name for p in chosen.eo[:3]] == ["T72"] * 3
     with pytest.raises(DataError, match="CLASSES"):
         find_pairs(tmp_path, ("T72", "D7"))
 
