@@ -28,6 +28,7 @@ from data.layouts import OFFICIAL_CLASSES, find_pairs  # noqa: E402
 from data.sampler import BalancedStream, WeightedStream  # noqa: E402
 from data.store import ChipStore, fingerprint, open_store  # noqa: E402
 from models.backbone import Classifier  # noqa: E402
+from utils.cluster import cluster_chips, vote  # noqa: E402
 from utils.settings import read_settings, run  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -40,6 +41,7 @@ FOLDER = ""  # where it is made, 4 GB; empty: a temporary folder, deleted afterw
 SMALL = 5_000  # chips of the store that the large one is held against
 STEPS = 400  # of the training run
 CHIPS = 50_000_000  # of the samplers
+TEST_CHIPS = 100_000  # of the clustering
 COUNTS = (364_291, 43_401, 24_158, 16_890, 2_896, 1_441, 898, 612, 696, 353)  # of the challenge
 SIDES = {"EO_Train": 32, "SAR_Train": 56}  # px
 
@@ -199,6 +201,27 @@ def sampler_time():
     return max(ratios)
 
 
+def clustered(by):
+    """Seconds to cluster 100,000 test chips of 512 features and to vote, and GiB for it."""
+    random = np.random.default_rng(0)
+    vehicle = np.arange(TEST_CHIPS) // 15
+    centres = random.normal(size=(vehicle[-1] + 1, 512)).astype(np.float32)
+    features = centres[vehicle] + random.normal(size=(TEST_CHIPS, 512)).astype(np.float32)
+    names = [f"Gotcha{4 * chip + 200 * scene}.png" for chip, scene in enumerate(vehicle)]
+    logits = random.normal(size=(TEST_CHIPS, 10))
+    before, started = peak(), time.perf_counter()
+    vote(logits, cluster_chips(features, names, by))
+    return time.perf_counter() - started, peak() - before
+
+
+def cluster_time():
+    return max(clustered("features")[0], clustered("both")[0])
+
+
+def cluster_memory():
+    return max(clustered("features")[1], clustered("both")[1])
+
+
 def trained(script, *settings, steps):
     """Run a script with so many steps of its loop, without validation and files."""
     from utils.training import fit
@@ -232,6 +255,8 @@ table = (
     ("time a batch from disk over one from 5,000 chips in memory", "", None, batch_against_small),
     ("samplers over 50 million chips", "bytes a chip", 8, sampler_memory),
     ("time a batch from 50 million chips over 50 thousand", "", 1.25, sampler_time),
+    ("cluster 100,000 chips of 512 features and vote", "s", 60, cluster_time),
+    ("memory of the same", "GiB", 2, cluster_memory),
 )
 
 if __name__ == "__main__":
