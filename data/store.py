@@ -166,9 +166,10 @@ def grey_statistics(chips, indices):
     Of many chips an even sample is taken: 20,000 fix the mean to 0.0004.
     """
     total = square = pixels = 0.0
+    chips = ChipStore(chips, torch.device("cpu"), "disk")
     indices = np.sort(indices)[:: -(-len(indices) // GREY_SAMPLE)]
     for part in np.array_split(indices, max(1, len(indices) // 1024)):
-        block = chips[part].reshape(len(part), -1).astype(np.float64) / 255
+        block = chips[part].numpy().reshape(len(part), -1).astype(np.float64) / 255
         block = block[block.any(axis=1)]
         total, square = total + block.sum(), square + (block**2).sum()
         pixels += block.size
