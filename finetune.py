@@ -17,6 +17,7 @@ from utils.checkpoint import build_model, load_checkpoint
 from utils.energy import fit_gaussians
 from utils.frozen import FrozenCache
 from utils.predict import scaled, view_features
+from utils.resume import made_from
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -38,6 +39,9 @@ GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
 GAUSSIAN_CHIPS = 1000  # most chips of a class that show how its features are spread
 ALL_VIEWS = True  # True: all flips, rotations and trained scales of a chip; False: the chip as it is
 SEED = 0  # fixes everything random
+RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
+SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
+MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
@@ -91,11 +95,13 @@ def main():
     labelled = find_validation(root, pairs.classes)
     checkpoint = source | {
         "stage": "finetune", "settings": settings, "data_root": root, "gaussians": gaussians,
+        "made_from": made_from(pairs, source["model"]),
     }  # fmt: skip
     fit(
         model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY, seed=SEED, out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE,
+        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=SEED,
+        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
+        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, pairs.sar),
     )  # fmt: skip
     announce(OUT_DIR, "python results.py")
 

@@ -4,6 +4,7 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 """
 
 import math
+from functools import partial
 
 from data.augment import jitter, normalise, resize, speckle, turn
 from data.demo import ensure_demo
@@ -14,6 +15,7 @@ from data.store import grey_statistics, open_store, place_stores
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict import scaled
+from utils.resume import made_from
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -43,6 +45,9 @@ JITTER = 0.3  # random contrast and brightness, in standard deviations of the gr
 SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
 SEED = 0  # fixes everything random
+RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
+SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
+MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
@@ -62,7 +67,8 @@ def main():
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION)
     classes = len(pairs.classes)
     check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
-    chips = open_store(pairs.eo if SENSOR == "EO" else pairs.sar, STORE_DIR)
+    paths = pairs.eo if SENSOR == "EO" else pairs.sar
+    chips = open_store(paths, STORE_DIR)
     mean, std = grey_statistics(chips, train)
     (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
     stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
@@ -87,12 +93,14 @@ def main():
         "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
         "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,
         "scales": TRAIN_SCALES, "grey": (mean, std), "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
+        "made_from": made_from(pairs),
     }  # fmt: skip
     fit(
         model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),
         epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE,
+        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
+        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, paths),
     )  # fmt: skip
     announce(OUT_DIR, "python sar_feature.py" if SENSOR == "EO" else "python results.py")
 

@@ -4,6 +4,7 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 """
 
 import math
+from functools import partial
 
 from data.augment import jitter, normalise, resize, speckle, turn
 from data.feed import Feed
@@ -16,6 +17,7 @@ from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
 from utils.frozen import FrozenCache
 from utils.predict import autocast, scaled, view_features
+from utils.resume import made_from
 from utils.settings import check, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -48,6 +50,9 @@ SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the gr
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
 CACHE_TEACHER = True  # True asks the teacher once for each chip and view, False at every step
 SEED = 0  # fixes everything random
+RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
+SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
+MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
@@ -121,12 +126,14 @@ def main():
     checkpoint = source | {
         "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
         "scales": TRAIN_SCALES, "grey": sar_grey, "data_root": root,
+        "made_from": made_from(pairs, source["model"]),
     }  # fmt: skip
     fit(
         student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, also_trained=[project],
+        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+        warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED, also_trained=[project],
+        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
+        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, pairs.sar),
     )  # fmt: skip
     announce(OUT_DIR, "python finetune.py")
 

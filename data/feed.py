@@ -36,6 +36,10 @@ class Feed:
         drawn, views = self.stream.batch(step)
         return self.members[drawn], views
 
+    def names(self, paths, step):
+        """The files of a step's chips, among those of all chips."""
+        return [paths[chip] for chip in self.draw(step)[0]]
+
     def __call__(self, step):
         """uint8 chips, int64 views and labels, on the device."""
         if self.thread is None:

@@ -1,5 +1,6 @@
 """Checkpoints: plain dictionaries that torch.load reads with weights_only=True."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -14,20 +15,26 @@ KEYS = ("format", "stage", "sensor", "settings", "backbone", "image_size", "clas
 KEYS += ("scales", "grey", "data_root", "val_fraction", "model")
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint in one piece: to a temporary file first, which then takes its name."""
+def save_checkpoint(path, checkpoint, keep=False):
+    """Write a checkpoint in one piece: to a temporary file first, which then takes its name.
+
+    keep: leave the file that was there as NAME.previous.pt.
+    """
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
+            whole = {"format": FORMAT, **checkpoint}
+            torch.save(whole | {"checksum": checksum(whole)}, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, Path(path).with_suffix(".previous.pt"))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune")):
+def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune"), whole=False):
     """Read the checkpoint of an earlier stage; nothing in it is executed.
 
     Args:
@@ -35,6 +42,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         script: the script that makes it, named where the file is missing.
         sensor: "EO" or "SAR" where only one will do.
         stages: the stages that will do.
+        whole: with what a run needs to go on, which a later stage does not.
 
     Raises:
         CheckpointError: the file is missing, unreadable, of another stage, sensor or version.
@@ -57,7 +65,34 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
             f"{path} is a {checkpoint['sensor']} checkpoint of {checkpoint['stage']}.py; "
             f"needed is one of {script}"
         )
+    written = checkpoint.pop("checksum", None)
+    if written is not None and written != checksum(checkpoint):
+        raise CheckpointError(f"{path} is damaged: its checksum is wrong; make it anew: python {script}")
+    if not whole:
+        checkpoint.pop("run", None)
     return checkpoint
+
+
+def checksum(value):
+    """A hash of all that a checkpoint holds, tensors by their bytes."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def add(part):
+        if torch.is_tensor(part):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            for key, inner in part.items():
+                found.update(repr(key).encode())
+                add(inner)
+        elif isinstance(part, (list, tuple)):
+            for inner in part:
+                add(inner)
+        else:
+            found.update(repr(part).encode())
+
+    add(value)
+    return found.hexdigest()
 
 
 def build_model(checkpoint):

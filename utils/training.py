@@ -2,12 +2,15 @@
 
 import csv
 import math
+import sys
 import time
 from pathlib import Path
 
+from data.errors import named
 from utils.checkpoint import save_checkpoint
 from utils.predict import autocast
 from utils.report import plot_history
+from utils.resume import stop_signals, take_up
 from utils.settings import SettingError
 
 import torch
@@ -39,12 +42,14 @@ def choose_device(name):
 
 
 def fit(
-    model, loss_of, validate, *, epochs, steps, learning_rate, weight_decay, warmup_epochs=0.0,
-    clip=0.0, ema=0.0, seed, out_dir, checkpoint, also_trained=(), compiled=False,
+    model, loss_of, validate, *, epochs, steps, out_dir, checkpoint, resume=True, save_every_min=10.0,
+    max_bad_steps=20, chips_of=None, compiled=False, **learning,
 ):  # fmt: skip
-    """Train a classifier; after every epoch validate it and write `last.pt`, and `best.pt`.
+    """Train a classifier; after every epoch validate it and write `best.pt` and `last.pt`.
 
-    AdamW, cosine schedule with linear warm-up. Writes history.csv and curves.png as well.
+    Writes history.csv and curves.png as well. A run that was stopped goes on from its `last.pt` and
+    ends with the weights of one that was not. The first SIGINT or SIGTERM saves and leaves at the
+    next step, the second one ends at once.
 
     Args:
         model: Classifier on its device; parameters that require no gradient stay as they are.
@@ -52,76 +57,160 @@ def fit(
             training mode, with the random state set for the step.
         validate: model in eval mode -> {name: value}; "mean per-class accuracy" chooses the best.
         epochs, steps: number of epochs, and of steps in each.
+        out_dir: folder of the outputs.
+        checkpoint: what the checkpoints hold beside the weights.
+        resume: False starts anew, and keeps an earlier run beside.
+        save_every_min: minutes between two writings of `last.pt` within an epoch.
+        max_bad_steps: so many steps in a row without a finite loss end the run.
+        chips_of: step number -> names of its chips, told where such steps end the run.
+        compiled: True runs the backbone through torch.compile.
+        learning: of `Learner`.
+
+    Returns:
+        list of one dict per epoch: loss, accuracy, learning rate, images/s, and the validation.
+
+    Raises:
+        SettingError: another, unfinished run is in out_dir; or the loss is not finite any more.
+        SystemExit: 128 + number of the signal that stopped it.
+    """
+    out_dir, total = Path(out_dir), epochs * steps
+    learner = Learner(model, loss_of, total, steps, **learning)
+    history, best, begin = [], -1.0, 0
+    if earlier := take_up(out_dir, checkpoint, resume):
+        run = earlier["run"]
+        learner.load_state_dict(run["learner"])
+        history, best, begin = run["history"], run["best"], run["step"]
+        print(f"goes on from step {begin} of {total} of the run in {out_dir}", flush=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if compiled:
+        model.backbone.compile()
+
+    def save(name, step):
+        saved = checkpoint | {"epoch": len(history), "model": learner.kept.state_dict()}
+        if name == "last.pt":
+            run = {"learner": learner.state_dict(), "history": history, "best": best}
+            saved |= {"run": run | {"step": step, "steps": total}}
+        save_checkpoint(out_dir / name, saved, keep=name == "last.pt")
+
+    def end_if_lost(in_a_row, step):
+        if in_a_row >= max_bad_steps:
+            save("last.pt", step)
+            names = named(chips_of(step - 1)) if chips_of else "unknown"
+            raise SettingError(
+                f"{in_a_row} steps in a row gave no finite loss; the weights before them are in "
+                f"{out_dir}/last.pt. Lower LEARNING_RATE. Chips of the last step: {names}"
+            )
+
+    with stop_signals() as received:
+        for epoch in range(begin // steps, epochs):
+            first, started, saved_at = max(begin - epoch * steps, 0), time.perf_counter(), time.monotonic()
+            learner.modules.train()
+            with tqdm(
+                range(epoch * steps + first, (epoch + 1) * steps), initial=first, total=steps,
+                desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False,
+            ) as bar:  # fmt: skip
+                for step in bar:
+                    chips = learner.step(step)
+                    if step % READ_EVERY == 0 and (seen := learner.meter.read()):
+                        rate = bar.n * chips / (time.perf_counter() - started)
+                        bar.set_postfix_str(f"loss {seen[0]:.3f} acc {seen[1]:.3f} {rate:.0f} images/s")
+                        end_if_lost(seen[3], step + 1)
+                    if received or time.monotonic() - saved_at > 60 * save_every_min:
+                        save("last.pt", step + 1)
+                        saved_at = time.monotonic()
+                    if received:
+                        print(f"\nstopped at step {step + 1}; start again to go on", file=sys.stderr)
+                        raise SystemExit(128 + received[0])
+            loss, accuracy, skipped, in_a_row = learner.meter.final()
+            end_if_lost(in_a_row, (epoch + 1) * steps)
+            rate = (steps - first) * chips / (time.perf_counter() - started)
+            row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy}
+            row |= {"learning rate": learner.schedule.get_last_lr()[0], "images/s": rate}
+            found = validate(learner.kept.eval())
+            history.append(row | {f"val {name}": value for name, value in found.items()})
+            learner.meter.reset()
+            if better := found["mean per-class accuracy"] >= best:  # of equals the later, better trained
+                best = found["mean per-class accuracy"]
+                save("best.pt", (epoch + 1) * steps)
+            save("last.pt", (epoch + 1) * steps)  # after the best, which is not written again
+            _write_history(out_dir / "history.csv", history)
+            values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+            print(
+                f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}, training accuracy {accuracy:.3f}, "
+                f"{rate:.0f} images/s; validation: {values}{' (best)' if better else ''}"
+                + (f"; {skipped} steps without a finite loss left out" if skipped else ""),
+                flush=True,
+            )
+    _write_history(out_dir / "history.csv", history)
+    plot_history(out_dir / "curves.png", history)
+    return history
+
+
+class Learner:
+    """A step of training, and all that it changes: weights, optimizer, schedule, average, meter.
+
+    AdamW, cosine schedule with linear warm-up. A step whose loss or gradient is not finite changes
+    nothing but the place in the schedule.
+
+    Args:
+        model, loss_of: as in `fit`.
+        total, steps: number of steps, and of those in an epoch.
         learning_rate: at the peak of the schedule.
+        weight_decay: of AdamW.
         warmup_epochs: epochs of linear rise, may be a fraction.
         clip: largest norm of the gradient; 0 = no limit.
         ema: decay of the moving average of the weights, which is then validated and saved; 0 = none.
         seed: of the run; with the step number it fixes all that is random in a step.
-        out_dir: folder of the outputs.
-        checkpoint: what the checkpoints hold beside the weights.
-        compiled: True runs the backbone through torch.compile.
         also_trained: further modules whose parameters are trained but not saved in "model".
-
-    Returns:
-        list of one dict per epoch: loss, accuracy, learning rate, images/s, and the validation.
     """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device
-    trained = nn.ModuleList([model, *also_trained])
-    if compiled:
-        model.backbone.compile()
-    groups = param_groups_weight_decay(trained, weight_decay)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    rise = _warmup_cosine(epochs * steps, round(warmup_epochs * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-    history, best = [], -1.0
-    for epoch in range(epochs):
-        trained.train()
-        meter, started = _Meter(device), time.perf_counter()
-        with tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False) as bar:
-            for step in bar:
-                number = epoch * steps + step
-                _seed(device, seed * 1_000_003 + number)
-                with autocast(device):
-                    loss, logits, labels = loss_of(number)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if clip:
-                    nn.utils.clip_grad_norm_(parameters, clip)
-                optimizer.step()
-                schedule.step()
-                if average is not None:
-                    average.update_parameters(model)
-                meter.add(loss, logits, labels)
-                if step % READ_EVERY == 0 and (seen := meter.read()):
-                    rate = (step + 1) * len(labels) / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"loss {seen[0]:.3f} acc {seen[1]:.3f} {rate:.0f} images/s")
-        loss, accuracy = meter.final()
-        rate = steps * len(labels) / (time.perf_counter() - started)
-        row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy}
-        row |= {"learning rate": schedule.get_last_lr()[0], "images/s": rate}
-        kept = average.module if average is not None else model
-        found = validate(kept.eval())
-        history.append(row | {f"val {name}": value for name, value in found.items()})
-        _write_history(out_dir / "history.csv", history)
-        state = {name: value.cpu() for name, value in kept.state_dict().items()}
-        saved = checkpoint | {"epoch": epoch + 1, "validation": found, "model": state}
-        save_checkpoint(out_dir / "last.pt", saved)
-        better = found["mean per-class accuracy"] >= best  # of equals the later, better trained
-        if better:
-            best = found["mean per-class accuracy"]
-            save_checkpoint(out_dir / "best.pt", saved)
-        values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        print(
-            f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}, accuracy {accuracy:.3f}, "
-            f"{rate:.0f} images/s; validation: {values}{' (best)' if better else ''}",
-            flush=True,
-        )
-    plot_history(out_dir / "curves.png", history)
-    return history
+
+    def __init__(
+        self, model, loss_of, total, steps, *, learning_rate, weight_decay, seed, warmup_epochs=0.0,
+        clip=0.0, ema=0.0, also_trained=(),
+    ):  # fmt: skip
+        self.model, self.loss_of, self.seed, self.clip = model, loss_of, seed, clip or math.inf
+        self.device = next(model.parameters()).device
+        self.modules = nn.ModuleList([model, *also_trained])
+        groups = param_groups_weight_decay(self.modules, weight_decay)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        rise = _warmup_cosine(total, round(warmup_epochs * steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rise)
+        self.meter, self.average = _Meter(self.device), None
+        if ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self.kept = self.average.module if ema else model  # what is validated and saved
+        names = ("modules", "optimizer", "schedule", "meter") + (("average",) if ema else ())
+        self.parts = {name: getattr(self, name) for name in names}
+
+    def step(self, number):
+        """Take the step of this number; returns the number of its chips."""
+        # Own random numbers for each step, so that a run goes on the same wherever it was stopped.
+        _seed(self.device, self.seed * 1_000_003 + number)
+        buffers = list(self.modules.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with autocast(self.device):
+            loss, logits, labels = self.loss_of(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        bad = ~(loss.detach().isfinite() & norm.isfinite())
+        self.optimizer.found_inf = bad.float()  # with 1 the fused step leaves all as it is
+        self.optimizer.step()
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.meter.add(loss, logits, labels, bad)
+        return len(labels)
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def announce(out_dir, then):
@@ -148,32 +237,51 @@ def _warmup_cosine(total, warmup):
 
 
 class _Meter:
-    """Loss and accuracy over an epoch, summed on the device and read without waiting for it."""
+    """Loss, accuracy and bad steps of an epoch, summed on the device and read without waiting for it."""
 
     def __init__(self, device):
-        self.sums, self.chips = torch.zeros(2, device=device), 0
-        self.copy = None
+        self.sums = torch.zeros(4, device=device)  # loss, right, good steps, bad steps in a row
+        self.reset()
 
-    def add(self, loss, logits, labels):
+    def reset(self):
+        """Start over; the bad steps in a row go on."""
+        self.sums[:3] = 0
+        self.steps, self.batch, self.copy = 0, 1, None
+
+    def add(self, loss, logits, labels, bad):
         right = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach().float() * len(labels), right.float()])
-        self.chips += len(labels)
+        sums = torch.stack([loss.detach().float(), right.float(), torch.ones_like(bad, dtype=torch.float32)])
+        self.sums[:3] += torch.where(bad, 0.0, sums)
+        self.sums[3] = (self.sums[3] + 1) * bad
+        self.steps, self.batch = self.steps + 1, len(labels)
 
     def read(self):
-        """Means as of the last reading, None the first time; starts the next copy to the host."""
+        """As `final`, of an earlier step; None the first time; starts the next copy to the host."""
         ready = None
         if self.copy is not None and (self.copy[2] is None or self.copy[2].query()):
-            sums, chips, _ = self.copy
-            ready = [value / chips for value in sums.tolist()]
+            ready = self._means(*self.copy[:2])
             self.copy = None
         if self.copy is None:
             host = self.sums.to("cpu", non_blocking=True, copy=True)
             sent = torch.cuda.current_stream().record_event() if self.sums.is_cuda else None
-            self.copy = (host, self.chips, sent)
+            self.copy = (host, self.steps, sent)
         return ready
 
     def final(self):
-        return [value / self.chips for value in self.sums.tolist()]
+        """Mean loss, accuracy, number of bad steps, and of those in a row."""
+        return self._means(self.sums, self.steps)
+
+    def state_dict(self):
+        return {"sums": self.sums, "steps": self.steps, "batch": self.batch}
+
+    def load_state_dict(self, state):
+        self.sums.copy_(state["sums"])
+        self.steps, self.batch = state["steps"], state["batch"]
+
+    def _means(self, sums, steps):
+        loss, right, good, in_a_row = sums.tolist()
+        good = max(good, 1)
+        return loss / good, right / (good * self.batch), steps - int(good), int(in_a_row)
 
 
 def _write_history(path, history):

@@ -1,0 +1,148 @@
+"""Runs that are stopped go on to the same weights, and nothing that was there is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from tests.conftest import ROOT, must, run_script
+from utils.resume import take_up
+
+import pytest
+import torch
+
+# Runs a script that gets a signal at a step, or (signal 0) whose losses are not finite from there on.
+STOPPED = """
+import os, runpy, sys
+from utils.training import Learner
+take, at, number = Learner.step, int(sys.argv[1]), int(sys.argv[2])
+def step(self, place):
+    if place == at and number:
+        os.kill(os.getpid(), number)
+    if place == at and not number:
+        loss_of = self.loss_of
+        def lost(step):
+            loss, logits, labels = loss_of(step)
+            return loss / 0, logits * float("nan"), labels
+        self.loss_of = lost
+    return take(self, place)
+Learner.step = step
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def stopped(script, cwd, step, number, *settings):
+    """The process of a script that is sent a signal at a step."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    arguments = [sys.executable, "-c", STOPPED, str(step), str(number), str(ROOT / script), *settings]
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def model(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(one, two):
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+SETTINGS = {
+    "pretrain.py": ["EPOCHS=3", "EMA=0.9", "BATCH_SIZE=16"],
+    "sar_feature.py": ["EPOCHS=3", "FEATURE_WEIGHT=1", "BATCH_SIZE=16"],
+    "finetune.py": ["EPOCHS=3", "BATCH_SIZE=16"],
+}
+
+
+@pytest.mark.parametrize("script", list(SETTINGS))
+def test_a_stopped_run_ends_with_the_same_weights(pipeline, tiny_demo, script):
+    """Stopped by the scheduler within the first epoch, killed within the second, after a late start."""
+    cwd, _ = pipeline
+    settings = [*SETTINGS[script], f"DATA_ROOT={tiny_demo}", "SAVE_EVERY_MIN=0"]
+    must(run_script(script, cwd, *settings, f"OUT_DIR=whole_{script}"))
+    out = f"OUT_DIR=parts_{script}"
+    first = stopped(script, cwd, 2, signal.SIGTERM, *settings, out)
+    assert first.returncode == 128 + signal.SIGTERM and "stopped at step 3" in first.stderr
+    second = stopped(script, cwd, 8, signal.SIGKILL, *settings, out)
+    assert second.returncode == -signal.SIGKILL and "goes on from step 3" in second.stdout
+    assert "goes on from step 8" in must(run_script(script, cwd, *settings, out))
+    for name in ("best.pt", "last.pt"):
+        assert same(model(cwd / f"whole_{script}" / name), model(cwd / f"parts_{script}" / name)), name
+    assert len((cwd / f"parts_{script}/history.csv").read_text().splitlines()) == 4
+
+
+def test_ctrl_c_twice_ends_at_once(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    process = stopped("pretrain.py", cwd, 1, signal.SIGINT, f"DATA_ROOT={tiny_demo}", "OUT_DIR=ctrl_c")
+    assert process.returncode == 130 and "Traceback" not in process.stderr
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, str(ROOT / "pretrain.py"), f"DATA_ROOT={tiny_demo}", "EPOCHS=500"]
+    process = subprocess.Popen(
+        [*arguments, "OUT_DIR=ctrl_c_twice"], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while "epoch 1/" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    assert torch.load(cwd / "ctrl_c_twice/last.pt", weights_only=True)["epoch"] >= 1
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, tmp_path, capsys):
+    cwd, _ = pipeline
+    for name in ("last.pt", "last.previous.pt"):
+        shutil.copy(cwd / "runs/pretrain" / name, tmp_path)
+    whole = (tmp_path / "last.pt").read_bytes()
+    wanted = torch.load(tmp_path / "last.pt", weights_only=True)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    assert take_up(tmp_path, wanted, True)["run"]["step"] == wanted["run"]["step"]
+    for damaged in [bytes(flipped), *(whole[: len(whole) * tenth // 10] for tenth in range(10))]:
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert take_up(tmp_path, wanted, True)["run"]["step"] < wanted["run"]["step"]
+        assert "last.pt" in capsys.readouterr().out and (tmp_path / "last.damaged.pt").exists()
+        assert not (tmp_path / "last.pt").exists()
+    (tmp_path / "last.previous.pt").write_bytes(b"")
+    assert take_up(tmp_path, wanted, True) is None  # nothing to go on from: kept beside, anew
+    assert (tmp_path.parent / f"{tmp_path.name}.1/last.previous.damaged.pt").exists()
+
+
+def test_a_finished_run_is_not_repeated_and_not_overwritten(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=1", "OUT_DIR=finished"]
+    must(run_script("pretrain.py", cwd, *settings))
+    first = (cwd / "finished/last.pt").read_bytes()
+    must(run_script("pretrain.py", cwd, *settings))
+    assert (cwd / "finished/last.pt").read_bytes() == first
+    # Other settings, or a wish to start anew: the old run is kept beside.
+    must(run_script("pretrain.py", cwd, *settings, "SEED=5"))
+    assert (cwd / "finished.1/last.pt").read_bytes() == first
+    must(run_script("pretrain.py", cwd, *settings, "SEED=5", "RESUME=False"))
+    assert (cwd / "finished.2/last.pt").exists()
+
+
+def test_an_unfinished_run_with_other_settings_ends_with_a_sentence(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "OUT_DIR=unfinished"]
+    stopped("pretrain.py", cwd, 1, signal.SIGTERM, *settings)
+    before = (cwd / "unfinished/last.pt").read_bytes()
+    process = run_script("pretrain.py", cwd, *settings, "LEARNING_RATE=1e-3")
+    assert process.returncode == 1 and "LEARNING_RATE was 0.002, is 0.001" in process.stderr
+    assert (cwd / "unfinished/last.pt").read_bytes() == before
+
+
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "BATCH_SIZE=16", "MAX_BAD_STEPS=5"]
+    stopped("pretrain.py", cwd, 5, signal.SIGTERM, *settings, "OUT_DIR=wanted")
+    process = stopped("pretrain.py", cwd, 6, 0, *settings, "OUT_DIR=lost")
+    assert process.returncode == 1 and "steps in a row gave no finite loss" in process.stderr
+    assert ".png" in process.stderr
+    found, wanted = (model(cwd / out / "last.pt") for out in ("lost", "wanted"))
+    assert same(found, wanted)
