@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from data.layouts import OFFICIAL_CLASSES
+from data.lock import locked
 from data.simulate import simulate_pair, simulate_scene
 
 import numpy as np
@@ -84,7 +85,8 @@ def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scen
     if root.exists():
         raise FileExistsError(f"{root} exists already; delete it to have it written anew.")
     # Renamed at the very end, so that an interrupted write is never taken for a complete set.
-    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # by a process that was killed
     try:
         steps = sum(train_counts.values()) + val_scenes + test_scenes
         with tqdm(desc=f"writing {root}", total=steps) as bar:
@@ -102,4 +104,6 @@ def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scen
 def ensure_demo(root):
     """Write the demo set if root is DEMO_ROOT and is not there yet; otherwise do nothing."""
     if os.path.normpath(root) == os.path.normpath(DEMO_ROOT) and not Path(root).exists():
-        write_demo(root)
+        with locked(f"{os.path.normpath(root)}.lock"):
+            if not Path(root).exists():  # another process may have written it meanwhile
+                write_demo(root)

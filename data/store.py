@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data.errors import DataError, named
+from data.lock import locked
 
 import numpy as np
 import torch
@@ -52,16 +53,24 @@ def open_store(paths, folder):
     place, state = fingerprint(paths)
     path = folder / f"{place}-{state}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{place}-{state}.{os.getpid()}.part"
-        try:
-            _decode_all(paths, part)
-            for old in folder.glob(f"{place}-*.npy"):
-                old.unlink()
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with locked(folder / "lock"):
+            if not path.exists():  # another process may have made it meanwhile
+                _make(paths, path, place)
     return np.load(path, mmap_mode="c")
+
+
+def _make(paths, target, place):
+    """Decode into a file beside `target`, which takes its name when it is whole."""
+    for left in target.parent.glob("*.part"):  # by a process that was killed
+        left.unlink()
+    part = target.with_suffix(".part")
+    try:
+        _decode_all(paths, part)
+        for old in target.parent.glob(f"{place}-*.npy"):
+            old.unlink()
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def decode(path, side=None):

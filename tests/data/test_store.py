@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 from data.errors import DataError
@@ -39,16 +40,16 @@ def test_every_kind_of_file_gives_the_same_grey(tmp_path):
 def test_store_is_made_once_and_again_when_a_file_changes(tmp_path):
     paths = [save(tmp_path / f"{i}.png", Image.fromarray(np.roll(LEVELS, i, 0))) for i in range(5)]
     first = open_store(paths, tmp_path / "store")
-    made = list((tmp_path / "store").iterdir())
+    made = list((tmp_path / "store").glob("*.npy"))
     stamp = made[0].stat().st_mtime_ns
     np.testing.assert_array_equal(first, [np.roll(LEVELS, i, 0) for i in range(5)])
     open_store(paths, tmp_path / "store")
-    assert list((tmp_path / "store").iterdir()) == made and made[0].stat().st_mtime_ns == stamp
+    assert list((tmp_path / "store").glob("*.npy")) == made and made[0].stat().st_mtime_ns == stamp
     save(paths[2], Image.fromarray(255 - LEVELS))
     os.utime(paths[2], ns=(1, 1))
     again = open_store(paths, tmp_path / "store")
     np.testing.assert_array_equal(again[2], 255 - LEVELS)
-    assert len(list((tmp_path / "store").iterdir())) == 1  # the old one is gone
+    assert len(list((tmp_path / "store").glob("*.npy"))) == 1  # the old one is gone
 
 
 def test_sizes_are_brought_to_the_most_common(tmp_path):
@@ -78,7 +79,7 @@ def test_bad_files_are_all_named_and_leave_no_store(tmp_path):
     paths[3].write_bytes(paths[0].read_bytes()[:60])
     with pytest.raises(DataError, match=r"2 files.*1\.png.*3\.png"):
         open_store(paths, tmp_path / "store")
-    assert list((tmp_path / "store").iterdir()) == []
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["lock"]
 
 
 def test_grey_statistics_leave_empty_chips_out():
@@ -135,3 +136,34 @@ def test_free_memory_is_told():
     from data.store import _free_memory
 
     assert 2**24 < _free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_stores(paths, folder, answers):
+    """In a process of its own; counts the files that it decoded."""
+    import data.store as store
+
+    decode, decoded = store._decode_chunk, []
+    store._decode_chunk = lambda chunk: decoded.append(len(chunk[2])) or decode(chunk)
+    answers.put((int(open_store(paths, folder).sum()), sum(decoded)))
+
+
+def test_two_processes_make_one_store(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(np.roll(LEVELS, i, 0))) for i in range(300)]
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    both = [context.Process(target=open_stores, args=(paths, tmp_path / "store", answers)) for _ in range(2)]
+    [process.start() for process in both]
+    [process.join(60) for process in both]
+    (first, one), (second, two) = answers.get(), answers.get()
+    assert first == second == 300 * int(LEVELS.sum()) and sorted((one, two)) == [0, 300]
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_store(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(LEVELS)) for i in range(3)]
+    open_store(paths, tmp_path / "store")
+    (whole,) = (tmp_path / "store").glob("*.npy")
+    part = whole.with_suffix(".part")
+    part.write_bytes(whole.read_bytes()[:200])
+    whole.unlink()
+    np.testing.assert_array_equal(open_store(paths, tmp_path / "store"), [LEVELS] * 3)
+    assert not part.exists()
