@@ -10,3 +10,9 @@ def named(items, limit=20):
     items = [str(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def reason(error):
+    """The first line of what an exception says, or its kind where it says nothing."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0]

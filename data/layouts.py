@@ -8,12 +8,15 @@
 """
 
 import csv
+import difflib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 
-from data.errors import DataError, named
+from data.errors import DataError, named, reason
 
 import numpy as np
 
@@ -31,6 +34,9 @@ OFFICIAL_CLASSES = (
     "semi_w_trailer",
 )
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference
+OOD_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+NEAR = 0.8  # likeness, 0..1, at which a folder's name counts as a misspelt class
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def find_pairs(root, classes=()):
             the challenge's classes, alphabetical for any other set.
 
     Raises:
-        DataError: no layout fits, a class is empty or unknown, or the sides do not match.
+        DataError: no layout fits, a class is empty or unknown, there is only one, the sides do
+            not match, or the same pair lies in two classes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -86,6 +93,7 @@ def find_pairs(root, classes=()):
         sides = [{_official_name(name): chips for name, chips in side.items()} for side in sides]
     order = class_order(set(sides[0]) | set(sides[1]), tuple(map(str, classes)))
     _check_sides(root, order, *sides)
+    _check_labels(root, order, *sides)
     keys = [(label, key) for label, name in enumerate(order) for key in sorted(sides[0][name])]
     return Pairs(
         eo=[sides[0][order[label]][key] for label, key in keys],
@@ -97,18 +105,33 @@ def find_pairs(root, classes=()):
 
 
 def class_order(names, chosen=()):
-    """Class names in the order of their index: `chosen`, else official, else alphabetical."""
+    """Class names in the order of their index: `chosen`, else official, else alphabetical.
+
+    Names that are mostly the challenge's, in any spelling, are meant to be: one that is not quite
+    is refused, or the alphabet would take the place of the official index without a word.
+    """
+    if len(set(names)) < 2:
+        raise DataError(f"there is one class alone, {named(names)}; a classifier needs two or more")
     if chosen:
-        if set(chosen) != set(names):
+        if sorted(chosen) != sorted(set(names)):
             raise DataError(
-                f"CLASSES and the class folders differ: only in CLASSES: "
-                f"{named(sorted(set(chosen) - set(names))) or '-'}; only folders: "
-                f"{named(sorted(set(names) - set(chosen))) or '-'}"
+                f"the classes asked for, by CLASSES or the checkpoint, are not the class folders: only "
+                f"asked for: {named(sorted(set(chosen) - set(names))) or '-'}; only folders: "
+                f"{named(sorted(set(names) - set(chosen))) or '-'}; asked for twice: "
+                f"{named(sorted({name for name in chosen if chosen.count(name) > 1})) or '-'}. "
+                "Mend CLASSES, or set the DATA_ROOT that the checkpoint was trained on"
             )
         return tuple(chosen)
-    if set(names) <= set(OFFICIAL_CLASSES):
-        return tuple(name for name in OFFICIAL_CLASSES if name in names)
-    return tuple(sorted(names))
+    near = {name: _official_like(name) for name in sorted(names)}
+    if strange := [name for name in near if name not in OFFICIAL_CLASSES]:
+        if 2 * sum(like is not None for like in near.values()) > len(near):
+            meant = (f"{name} ({near[name]}?)" if near[name] else name for name in strange)
+            raise DataError(
+                f"class folders that are none of the challenge's classes, beside such that are: "
+                f"{named(meant)}. Rename them, or take them as they are: CLASSES={','.join(near)}"
+            )
+        return tuple(near)
+    return tuple(name for name in OFFICIAL_CLASSES if name in names)
 
 
 def find_chips(folder):
@@ -117,7 +140,7 @@ def find_chips(folder):
     Hidden files (also macOS's `._*`) and other files are left aside.
 
     Raises:
-        DataError: no such folder, or no chips.
+        DataError: no such folder, no chips, two of one name, or links that lead nowhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -128,7 +151,7 @@ def find_chips(folder):
         chips = below[0] if len(below) == 1 else []
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))})")
-    return [Path(chips[name]) for name in sorted(chips, key=_natural)]
+    return sorted(map(Path, chips.values()), key=lambda path: _natural(path.name))
 
 
 def find_validation(root, classes):
@@ -147,13 +170,18 @@ def find_test(root):
 
 
 def find_reference(folder):
-    """The reference CSV beside the chips (a header with image_id and class), or None."""
+    """The reference CSV beside the chips, or None.
+
+    It has two of the columns image_id, class and OOD_flag at least, or says so in its name;
+    `read_labelled` then wants them all. Other CSVs are left aside.
+    """
     found = []
     for path in sorted(Path(folder).glob("*.[cC][sS][vV]")):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = [name.strip() for name in next(csv.reader(file), [])]
-        if {"image_id", "class"} <= set(header):
-            found.append(path)
+        if path.is_file() and not path.name.startswith("."):
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                header = re.split(r"[\s,;\"]+", next(filter(str.strip, file), ""))
+            if len(set(COLUMNS) & set(header)) > 1 or "reference" in path.name.lower():
+                found.append(path)
     if len(found) > 1:
         raise DataError(f"{folder} holds several reference CSVs: {named(p.name for p in found)}")
     return found[0] if found else None
@@ -165,27 +193,29 @@ def read_labelled(paths, reference, classes):
     Args:
         paths: chips.
         reference: CSV with the columns image_id (with or without prefix and extension), class
-            (a name of `classes`, or its index), OOD_flag (1: the class means nothing).
+            (a name of `classes`, or its index), OOD_flag (0, or 1: the class means nothing).
         classes: class names, position = label.
 
     Raises:
-        DataError: a chip without row, a row twice or without chip, an unknown class.
+        DataError: no such CSV in UTF-8, a chip without row or like another one, a row twice or
+            without chip, an unknown class.
     """
-    label_of = {name: label for label, name in enumerate(classes)}
+    label_of = {str(label): label for label in range(len(classes))}
+    label_of |= {name: label for label, name in enumerate(classes)}
     rows = {}
-    with open(reference, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, skipinitialspace=True):
-            row = {key.strip(): (value or "").strip() for key, value in row.items() if key}
-            key, ood = _bare(row["image_id"]), row.get("OOD_flag", "0") in ("1", "1.0", "True", "true")
-            name = row["class"]
-            if name not in label_of and name.isdigit() and int(name) < len(classes):
-                name = classes[int(name)]
-            if not ood and name not in label_of:
-                raise DataError(f"{reference}: {row['image_id']} has the unknown class {row['class']!r}")
-            if key in rows:
-                raise DataError(f"{reference}: {row['image_id']} stands there twice")
-            rows[key] = (-1 if ood else label_of[name], ood)
+    for line, image_id, name, flag in _read_reference(reference):
+        where, key, ood = f"{reference}, line {line}", _bare(image_id), OOD_FLAGS.get(flag.lower())
+        if ood is None:
+            raise DataError(f"{where}: the OOD_flag of {image_id} is {flag!r}; write 0 or 1")
+        if not ood and name not in label_of:
+            known = f"the classes are {named(classes)}"
+            raise DataError(f"{where}: {image_id} has the unknown class {name!r}; {known}")
+        if key in rows:
+            raise DataError(f"{where}: {image_id} stands there twice; remove one row")
+        rows[key] = (-1 if ood else label_of[name], ood)
     keys = [_bare(path.name) for path in paths]
+    if alike := sorted(key for key, count in Counter(keys).items() if count > 1):
+        raise DataError(f"{reference} cannot tell the chips of one number apart: {named(alike)}")
     if missing := [path.name for path, key in zip(paths, keys, strict=True) if key not in rows]:
         raise DataError(f"{reference} has no row for {len(missing)} chips: {named(missing)}")
     if lost := sorted(set(rows) - set(keys)):
@@ -200,6 +230,31 @@ def image_ids(paths):
     return ids if len(set(ids)) == len(ids) else [path.stem for path in paths]
 
 
+def _read_reference(path):
+    """Line number, image_id, class and OOD_flag of each row of a reference CSV."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no CSV in UTF-8 ({reason(error)}); save it as one") from error
+    lines = [(number, row) for number, row in lines if any(row)]
+    header = lines[0][1] if lines else []
+    if absent := [name for name in COLUMNS if name not in header]:
+        raise DataError(
+            f"{path} has no column {' and no '.join(absent)}; a reference starts with the line "
+            f"{','.join(COLUMNS)} (without unknown objects the OOD_flag is 0)"
+        )
+    wanted = [header.index(name) for name in COLUMNS]
+    for number, row in lines[1:]:
+        if any(row[len(header) :]) or len(row) < len(header) or "\0" in "".join(row):
+            raise DataError(
+                f"{path}, line {number}: {len(row)} cells where the header has {len(header)}, or a NUL "
+                "byte; put cells with commas in quotes, and save the file as plain text"
+            )
+        yield number, *(row[i] for i in wanted)
+
+
 def _bare(name):
     """`Gotcha17.png`, `SAR_17` and `17` are all chip 17; any other name is its stem."""
     stem = re.sub(r"\.[A-Za-z]+$", "", name)
@@ -209,19 +264,27 @@ def _bare(name):
 
 def _natural(name):
     """Sort key that puts Gotcha9 before Gotcha10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _images(folder):
-    """{file name: path, a string} of the image files directly in a folder."""
+    """{stem: path, a string} of the image files directly in a folder."""
+    found, lost, twice = {}, [], []
     with os.scandir(folder) as entries:
-        return {
-            entry.name: entry.path  # not a Path, of which a million take their time
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            and not entry.name.startswith(".")
-            and entry.is_file()
-        }
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() not in SUFFIXES or entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                lost.append(entry.path)
+            elif entry.is_file():
+                twice += [stem] if stem in found else []
+                found[stem] = entry.path  # not a Path, of which a million take their time
+    if lost:
+        raise DataError(f"links that lead nowhere: {named(sorted(lost))}; mend or remove them")
+    if twice:
+        raise DataError(f"{folder} holds two files of one name: {named(sorted(twice))}; keep one")
+    return found
 
 
 def _by_class(folder):
@@ -231,7 +294,7 @@ def _by_class(folder):
     found = {}
     for sub in sorted(folder.iterdir()):
         if sub.is_dir() and not sub.name.startswith("."):
-            found[sub.name] = {os.path.splitext(name)[0]: path for name, path in _images(sub).items()}
+            found[sub.name] = _images(sub)
             if not found[sub.name]:
                 raise DataError(f"the class folder {sub} holds no chips; fill or remove it")
     if not found:
@@ -249,15 +312,21 @@ def _with_prefix(folders, prefix):
 
 def _official_name(folder):
     """The 2021/22 release names its class folders by the official index."""
-    known = folder.isdigit() and int(folder) < len(OFFICIAL_CLASSES)
-    return OFFICIAL_CLASSES[int(folder)] if known else folder
+    return dict(zip("0123456789", OFFICIAL_CLASSES, strict=True)).get(folder, folder)
+
+
+def _official_like(name):
+    """The official class that a folder is named for, or misspelt; None where there is none."""
+    plain = {re.sub(r"[^a-z]", "", official.lower()): official for official in OFFICIAL_CLASSES}
+    near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.lower()), plain, n=1, cutoff=NEAR)
+    return plain[near[0]] if near else None
 
 
 def _class_ids(order, chosen):
     """Index of each class in a submission: the official one, else its position."""
     if not chosen and set(order) <= set(OFFICIAL_CLASSES):
         return tuple(OFFICIAL_CLASSES.index(name) for name in order)
-    if not chosen and all(name.isdigit() for name in order):
+    if not chosen and all(re.fullmatch("0|[1-9][0-9]{0,8}", name) for name in order):
         return tuple(map(int, order))
     return tuple(range(len(order)))
 
@@ -266,9 +335,25 @@ def _check_sides(root, order, eo, sar):
     """Every EO chip has its SAR chip and the reverse."""
     for name in order:
         left, right = set(eo.get(name, ())), set(sar.get(name, ()))
+        if not left and not right:
+            raise DataError(f"{root}, class {name}: no chip is named EO_<number> or SAR_<number>")
         if left != right:
             raise DataError(
                 f"{root}, class {name}: {len(left - right)} EO chips without SAR "
                 f"({named(sorted(left - right), 5) or '-'}), {len(right - left)} SAR chips without "
                 f"EO ({named(sorted(right - left), 5) or '-'}); pairs carry the same name"
             )
+
+
+def _check_labels(root, order, eo, sar):
+    """No pair lies in two classes. Names alone may repeat, where each class counts from one."""
+    first, twice = {}, []
+    for name in order:
+        for key in eo[name]:
+            other = first.setdefault(key, name)
+            if other != name and all(cmp(side[other][key], side[name][key], False) for side in (eo, sar)):
+                twice.append(f"{key} ({other}, {name})")
+    if twice:
+        raise DataError(
+            f"{root}: {len(twice)} pairs lie in two classes: {named(twice, 5)}; keep each in its own"
+        )

@@ -12,11 +12,12 @@ import mmap
 import multiprocessing
 import os
 import re
+import struct
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from data.errors import DataError, named
+from data.errors import DataError, named, reason
 from data.lock import locked
 
 import numpy as np
@@ -30,7 +31,11 @@ UNTOLD = 2**32  # bytes taken to be free where the system does not tell
 SHARE = 0.5  # of the free memory that chips may take where no budget is set
 LET_GO = 2**24  # bytes read from disk after which their pages are given back
 GREY_SAMPLE = 20_000  # chips that show the grey levels as well as all of them do
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # whatever the name says; none runs a program
+MAX_PIXELS = 2**24  # an image with more is a whole scene, and takes the memory of one
+# What Pillow raises for files that are no images, in one version or another.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
+UNREADABLE += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
 def open_store(paths, folder):
@@ -80,20 +85,25 @@ def decode(path, side=None):
     (ITU-R 601, exact for grey), transparency is ignored.
 
     Raises:
-        OSError, ValueError, SyntaxError: from Pillow, for files that are no images.
+        DataError: the file is no readable image, or too large for a chip.
     """
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-            image = Image.fromarray(np.rint(levels).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point images have no fixed grey scale; save them as 8 bit")
-        elif image.mode != "L":
-            # A palette's own entries, not their numbers; then luma.
-            image = (image.convert("RGB") if image.mode in ("P", "PA") else image).convert("L")
-        if side is not None and image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px are no chip; cut it into chips")
+            if image.mode.startswith("I"):
+                levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+                image = Image.fromarray(np.rint(levels).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("floating-point images have no fixed grey scale; save them as 8 bit")
+            elif image.mode != "L":
+                # A palette's own entries, not their numbers; then luma.
+                image = (image.convert("RGB") if image.mode in ("P", "PA") else image).convert("L")
+            if side is not None and image.size != (side, side):
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            return np.asarray(image)
+    except UNREADABLE as error:
+        raise DataError(reason(error).removesuffix(f" {os.fspath(path)!r}")) from error
 
 
 class ChipStore:
@@ -261,7 +271,7 @@ def _common_side(paths):
     sides = []
     for path in paths[:: max(1, len(paths) // 250)]:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sides.append(max(image.size))
         except UNREADABLE:
             continue  # reported with all others by _decode_all

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 
-def chip(path):
+def chip(path, level=100):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(path)
+    Image.fromarray(np.full((8, 8), level, np.uint8)).save(path)
 
 
 def pairs_in(root, eo, sar, classes=("bus", "sedan", "SUV")):
@@ -45,8 +45,8 @@ def test_folder_layouts_in_official_order(tmp_path, eo, sar):
 def test_release_of_2021(tmp_path):
     for label in range(10):
         for number in (1, 12):
-            chip(tmp_path / "train_images" / str(label) / f"EO_{number}.png")
-            chip(tmp_path / "train_images" / str(label) / f"SAR_{number}.png")
+            chip(tmp_path / "train_images" / str(label) / f"EO_{number}.png", label)
+            chip(tmp_path / "train_images" / str(label) / f"SAR_{number}.png", label)
     chip(tmp_path / "test_images" / "-1" / "SAR_77.png")
     pairs = find_pairs(tmp_path)
     assert pairs.classes == OFFICIAL_CLASSES and pairs.class_ids == tuple(range(10))
