@@ -78,6 +78,7 @@ def _build(name, image_size, weights):
             f"timm {timm.__version__} knows no backbone {name!r}; near: {', '.join(near) or 'none'}"
         )
     source = _source(name, image_size, weights)
+    reason = None
     # Transformers are built for one size; those that can, are told to accept others (TTA scales).
     for extra in ({}, {"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
         try:
@@ -88,7 +89,7 @@ def _build(name, image_size, weights):
             return model.train(), width.shape[1]
         except Exception as error:
             # A model whose constructor lacks the option, or whose input size is another one.
-            reason = error
+            reason = reason if isinstance(error, TypeError) and reason else error
             if weights == "timm" and not isinstance(error, (TypeError, AssertionError)):
                 raise BackboneError(
                     f"the pretrained weights of {name} could not be had from the hub "
@@ -97,7 +98,13 @@ def _build(name, image_size, weights):
                     f"pretrained=True).state_dict(), '{architecture}.pt')\"\n"
                     f"copy the file here and set WEIGHTS={architecture}.pt"
                 ) from error
-    raise BackboneError(f"backbone {name} does not take {image_size} px chips: {reason}")
+    if weights and "loading state_dict" in str(reason):
+        wrong = str(reason).splitlines()[-1].strip()
+        raise BackboneError(f"{weights} does not hold the weights of {name}: {wrong}")
+    raise BackboneError(
+        f"backbone {name} does not take {image_size} px chips: {reason}; set another IMAGE_SIZE, "
+        "such as a multiple of 16 or 32, or another BACKBONE"
+    )
 
 
 def _source(name, image_size, weights):
@@ -105,11 +112,15 @@ def _source(name, image_size, weights):
     if weights in ("", "timm"):
         return {"pretrained": weights == "timm"}
     try:
-        state = load_state_dict(weights)
+        state = dict(load_state_dict(weights))
+        state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
     except FileNotFoundError as error:
         raise BackboneError(f"there is no weights file {weights}") from error
-    except Exception as error:
-        raise BackboneError(f"{weights} is not a file of weights: {error}") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise BackboneError(
+            f"{weights} is not a file of weights: it is damaged, holds code, which is never run, or "
+            f"something else ({type(error).__name__}); save a model's state_dict() with torch.save"
+        ) from error
     ours = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     state = ours or state
     wanted = timm.create_model(name, in_chans=1, num_classes=0).state_dict()
@@ -121,7 +132,7 @@ def _source(name, image_size, weights):
         )
     for key, value in wanted.items():
         # Grey chips have one channel: a convolution over several becomes the sum over them.
-        if value.ndim == 4 and value.shape != state[key].shape and value.shape[1] == 1:
+        if value.ndim == 4 and value.shape[1] == 1 and state[key].ndim == 4:
             state[key] = state[key].sum(dim=1, keepdim=True)
     overlay = {"state_dict": state, "input_size": (1, image_size, image_size)}
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
