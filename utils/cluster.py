@@ -115,7 +115,7 @@ def chip_numbers(names):
                 f"'{name}' has no number in its name, so it belongs to no sequence: "
                 "cluster by 'features' instead."
             )
-        numbers[i] = int(digits[-1])
+        numbers[i] = int(digits[-1][-18:])  # of longer ones what fits
     return numbers
 
 

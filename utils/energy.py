@@ -1,5 +1,7 @@
 """Out-of-distribution confidence from the energy, on the head's logits or on Gaussian ones."""
 
+from data.errors import DataError
+
 import numpy as np
 import torch
 from sklearn.covariance import LedoitWolf
@@ -39,6 +41,9 @@ def fit_gaussians(features, labels, counts):
         dict of float64 tensors: "mean" [C, D], "precision" [D, D], "log_prior" [C]
         (-inf for a class without chips), and "log_det" [] of the precision.
 
+    Raises:
+        DataError: the features do not vary within the classes.
+
     Source: Ledoit and Wolf, J. Multivariate Analysis 88, 2004, in scikit-learn.
     """
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
@@ -46,6 +51,11 @@ def fit_gaussians(features, labels, counts):
     np.add.at(mean, labels, features)
     mean /= np.maximum(np.bincount(labels, minlength=len(counts)), 1)[:, None]
     spread = LedoitWolf(store_precision=False, assume_centered=True).fit(features - mean[labels])
+    if np.trace(spread.covariance_) <= 1e-10 * np.square(features).sum(1).mean():  # rounding, at most
+        raise DataError(
+            "in every class all training chips have the same features, so that their spread is "
+            "unknown: the chips are empty, copies, or one for each class; give others"
+        )
     precision = np.linalg.inv(spread.covariance_)  # shrunk, so never singular
     with np.errstate(divide="ignore"):
         log_prior = np.log(counts / counts.sum())

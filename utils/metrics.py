@@ -34,6 +34,15 @@ def scores(predicted, confidence, labels, ood):
     return found
 
 
+def undefined(ood):
+    """A line on the scores that a reference with these flags, [N] bool, cannot give; else ""."""
+    if ood.all():
+        return "\nno chip of the reference is in distribution: all scores are undefined (-)"
+    if not ood.any():
+        return "\nno chip of the reference is out of distribution: AUROC, FPR and total are undefined (-)"
+    return ""
+
+
 def class_mean_accuracy(predicted, labels):
     """Mean over the classes that occur in `labels` of the share of their chips that is right."""
     # A class that is only ever predicted has no accuracy; scikit-learn leaves it out too.

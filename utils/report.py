@@ -8,7 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.metrics import ConfusionMatrixDisplay
+
+LEGIBLE = 60  # classes up to which the confusion matrix is drawn with all names and figures
 
 
 def plot_history(path, history):
@@ -56,16 +58,23 @@ def save_scores(out_dir, steps, predicted, labels, ood, classes):
         writer.writerows([name, *row.values()] for name, row in steps.items())
     final = {k: None if np.isnan(v) else v for k, v in list(steps.values())[-1].items()}
     (out_dir / "metrics.json").write_text(json.dumps(final, indent=2) + "\n")
-    matrix = confusion_matrix(labels[~ood], predicted[~ood], labels=range(len(classes)))
-    with open(out_dir / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+    matrix = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(matrix, (labels[~ood], predicted[~ood]), 1)
+    with open(out_dir / "confusion.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
-    side = 3 + 0.45 * len(classes)
+    few = len(classes) <= LEGIBLE
+    side = 3 + 0.45 * min(len(classes), LEGIBLE)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    shown = ConfusionMatrixDisplay(shares, display_labels=classes)
-    shown.plot(ax=axis, cmap="cividis", xticks_rotation="vertical", values_format=".2f", colorbar=False)
+    if few:
+        # A name that is no text, or would be set as a formula, is still drawn.
+        names = [name.encode(errors="replace").decode().replace("$", r"\$") for name in classes]
+        shown = ConfusionMatrixDisplay(shares, display_labels=names)
+        shown.plot(ax=axis, cmap="cividis", xticks_rotation="vertical", values_format=".2f", colorbar=False)
+    else:
+        axis.imshow(shares, cmap="cividis")
     axis.set_title("share of each true class")
     figure.savefig(out_dir / "confusion.png", dpi=90)
     plt.close(figure)

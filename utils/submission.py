@@ -22,7 +22,8 @@ def write_submission(out_dir, image_ids, class_ids, confidences, seconds_per_ima
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     results, readme = out_dir / "results.csv", out_dir / "readme.txt"
-    with open(results, "w", newline="", encoding="utf-8") as file:
+    # Names that are no text, as Linux allows, stand there byte for byte.
+    with open(results, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "class_id", "score"])
         for image_id, class_id, score in zip(image_ids, class_ids, confidences, strict=True):
