@@ -18,7 +18,7 @@ from utils.energy import fit_gaussians
 from utils.frozen import FrozenCache
 from utils.predict import scaled, view_features
 from utils.resume import made_from
-from utils.settings import check, read_settings, run
+from utils.settings import check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
@@ -49,7 +49,7 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 def main():
     settings = read_settings(globals())
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
+    check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -57,11 +57,12 @@ def main():
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
     train, held_out = stratified_split(pairs.labels, source["val_fraction"])
+    labelled = find_validation(root, pairs.classes)
+    model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
     (sar,) = place_stores(device, CHIP_MEMORY_GB, open_store(pairs.sar, STORE_DIR))
     feed = Feed(BalancedStream(pairs.labels[train], BATCH_SIZE, SEED), train, pairs.labels, device)
     steps = math.ceil(len(train) / BATCH_SIZE)
 
-    model = build_model(source).freeze().to(device, memory_format=torch.channels_last)
     if NEW_HEAD:
         model.head.reset_parameters()
     # At every scale that the student knows, one a step, or the head would forget the others.
@@ -92,7 +93,6 @@ def main():
         logits = model.head(features[step % len(scales)](*draw(step)))
         return focal_loss(logits, truth, GAMMA), logits, truth
 
-    labelled = find_validation(root, pairs.classes)
     checkpoint = source | {
         "stage": "finetune", "settings": settings, "data_root": root, "gaussians": gaussians,
         "made_from": made_from(pairs, source["model"]),

@@ -16,7 +16,7 @@ from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict import scaled
 from utils.resume import made_from
-from utils.settings import check, read_settings, run
+from utils.settings import check, check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
@@ -56,9 +56,7 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 def main():
     settings = read_settings(globals())
     check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
-    check(0 < VAL_FRACTION < 1, f"VAL_FRACTION is between 0 and 1, not {VAL_FRACTION}")
-    check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
+    check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -67,16 +65,17 @@ def main():
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION)
     classes = len(pairs.classes)
     check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
+    # Only SAR has labelled validation chips; without them a part of the pairs serves.
+    labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None
+    model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
+    model.to(device, memory_format=torch.channels_last)
+    model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
     chips = open_store(paths, STORE_DIR)
     mean, std = grey_statistics(chips, train)
     (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
     stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
     feed = Feed(stream, train, pairs.labels, device, store)
-
-    model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
-    model.to(device, memory_format=torch.channels_last)
-    model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(step):
@@ -87,8 +86,6 @@ def main():
         logits = model(images.to(memory_format=torch.channels_last))
         return focal_loss(logits, truth, GAMMA, alpha), logits, truth
 
-    # Only SAR has labelled validation chips; without them a part of the pairs serves.
-    labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None
     checkpoint = {
         "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
         "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,

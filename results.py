@@ -12,10 +12,10 @@ from data.store import open_store, place_stores
 from utils.checkpoint import build_model, load_checkpoint
 from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
-from utils.metrics import scores
+from utils.metrics import scores, undefined
 from utils.predict import IDENTITY, predict, scaled, tta_views
 from utils.report import forget_scores, save_scores, table
-from utils.settings import check, read_settings, run
+from utils.settings import check, check_values, read_settings, run
 from utils.submission import write_submission
 from utils.training import choose_device
 
@@ -45,7 +45,7 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 
 def main():
-    read_settings(globals())
+    check_values(read_settings(globals()))
     check(ENERGY in ("logits", "features"), f"ENERGY is logits or features, not {ENERGY!r}")
     check(
         CLUSTER_SCORE in ("none", "mean", "logits"),
@@ -53,7 +53,6 @@ def main():
     )
     check(CLUSTER_BY in BY, f"CLUSTER_BY is one of {', '.join(BY)}, not {CLUSTER_BY!r}")
     check(VOTE in HOW, f"VOTE is one of {', '.join(HOW)}, not {VOTE!r}")
-    check(BATCH_SIZE > 0 and ENERGY_TEMPERATURE > 0, "BATCH_SIZE and ENERGY_TEMPERATURE are above 0")
     views = tta_views(ROTATIONS, SCALES) if TTA else IDENTITY
     device = choose_device(DEVICE)
 
@@ -69,9 +68,9 @@ def main():
         chip_numbers(names)  # names without one are told of before the long work
     reference = find_reference(folder)
     truth = read_labelled(paths, reference, source["classes"]) if reference else None
-    (store,) = place_stores(device, CHIP_MEMORY_GB, open_store(paths, STORE_DIR))
-    model = build_model(source).to(device, memory_format=torch.channels_last)
+    model = build_model(source, CHECKPOINT).to(device, memory_format=torch.channels_last)
     model.check_sizes({scaled(source["image_size"], scale) for _, scale in views})
+    (store,) = place_stores(device, CHIP_MEMORY_GB, open_store(paths, STORE_DIR))
     if COMPILE:
         model.backbone.compile()
 
@@ -115,7 +114,7 @@ def main():
             "+ cluster score": (labels, score),
         }
         steps = {name: scores(*stage, truth.labels, truth.ood) for name, stage in stages.items()}
-        print(table(steps, list(steps["one view"])))
+        print(table(steps, list(steps["one view"])) + undefined(truth.ood))
         save_scores(Path(OUT_DIR), steps, labels, truth.labels, truth.ood, source["classes"])
     print(f"written: {archive} and, beside it, what it holds{' and the scores' if truth else ''}")
 

@@ -18,7 +18,7 @@ from utils.checkpoint import build_model, load_checkpoint
 from utils.frozen import FrozenCache
 from utils.predict import autocast, scaled, view_features
 from utils.resume import made_from
-from utils.settings import check, read_settings, run
+from utils.settings import check, check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
 
@@ -60,9 +60,7 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 def main():
     settings = read_settings(globals())
-    check(min(EPOCHS, BATCH_SIZE) > 0 and SEED >= 0, "EPOCHS and BATCH_SIZE are at least 1, SEED at least 0")
-    check(TRAIN_SCALES and min(TRAIN_SCALES) > 0, "TRAIN_SCALES are above 0, at least one, such as 1.0")
-    check(TEMPERATURE > 0 and FEATURE_TEMPERATURE > 0, "temperatures are above 0")
+    check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
 
@@ -75,14 +73,9 @@ def main():
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
     train, held_out = stratified_split(pairs.labels, source["val_fraction"])
-    eo_chips, sar_chips = open_store(pairs.eo, STORE_DIR), open_store(pairs.sar, STORE_DIR)
-    eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
-    eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
-    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
-    feed = Feed(stream, train, pairs.labels, device, sar)
-    steps = math.ceil(len(train) / BATCH_SIZE)
+    labelled = find_validation(root, pairs.classes)
 
-    teacher = build_model(source).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    teacher = build_model(source, TEACHER).requires_grad_(False).to(device, memory_format=torch.channels_last)
     student = Classifier(backbone, len(pairs.classes), size, "" if INIT == "teacher" else INIT)
     if INIT == "teacher":
         student.load_state_dict(teacher.state_dict())
@@ -90,6 +83,13 @@ def main():
     student.check_sizes([scaled(size, scale) for scale in TRAIN_SCALES])
     same = student.width == teacher.width
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
+
+    eo_chips, sar_chips = open_store(pairs.eo, STORE_DIR), open_store(pairs.sar, STORE_DIR)
+    eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
+    eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
+    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
+    feed = Feed(stream, train, pairs.labels, device, sar)
+    steps = math.ceil(len(train) / BATCH_SIZE)
 
     @torch.no_grad()
     def teach(chosen, views):
@@ -122,7 +122,6 @@ def main():
             loss = loss + LABEL_WEIGHT * focal_loss(logits, truth, GAMMA)
         return loss, logits, truth
 
-    labelled = find_validation(root, pairs.classes)
     checkpoint = source | {
         "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
         "scales": TRAIN_SCALES, "grey": sar_grey, "data_root": root,

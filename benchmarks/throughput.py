@@ -287,9 +287,9 @@ def script(name, *settings):
     """Seconds of a script from the loaded networks to the last step, without validation and files."""
     started = time.perf_counter()
 
-    def load(checkpoint):
+    def load(*arguments):
         nonlocal started
-        model = build_model(checkpoint)
+        model = build_model(*arguments)
         started = time.perf_counter()
         return model
 

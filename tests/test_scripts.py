@@ -109,8 +109,8 @@ def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
     cwd, _ = pipeline
     teachers = []
 
-    def capture(checkpoint):
-        teachers.append(build_model(checkpoint))
+    def capture(*arguments):
+        teachers.append(build_model(*arguments))
         return teachers[-1]
 
     monkeypatch.setattr("utils.checkpoint.build_model", capture)

@@ -2,8 +2,10 @@
 
 import ast
 import difflib
+import os
 import re
 import sys
+from pathlib import Path
 
 from data.errors import DataError
 from models.backbone import BackboneError
@@ -18,6 +20,26 @@ class CheckpointError(ValueError):
 
 
 INPUT_ERRORS = (BackboneError, CheckpointError, DataError, SettingError, OSError)
+
+# What the numbers of the four scripts may be; nan and infinity are none of these.
+MOST = 1e9
+RANGES = {
+    "EPOCHS BATCH_SIZE IMAGE_SIZE GAUSSIAN_CHIPS MAX_BAD_STEPS":
+        ("a whole number from 1 to 1e9", lambda x: type(x) is int and 1 <= x <= MOST),
+    "SEED CLUSTERS SEQUENCE_GAP":
+        ("a whole number from 0 to 1e9", lambda x: type(x) is int and 0 <= x <= MOST),
+    "LEARNING_RATE TEMPERATURE FEATURE_TEMPERATURE ENERGY_TEMPERATURE TRAIN_SCALES SCALES":
+        ("above 0, 1e9 at most", lambda x: 0 < x <= MOST),
+    "WEIGHT_DECAY WARMUP_EPOCHS CLIP GAMMA CLASS_WEIGHTS JITTER SPECKLE CHIP_MEMORY_GB SAVE_EVERY_MIN "
+    "KL_WEIGHT FEATURE_WEIGHT LABEL_WEIGHT":
+        ("from 0 to 1e9", lambda x: 0 <= x <= MOST),
+    "EMA": ("from 0 to below 1", lambda x: 0 <= x < 1),
+    "VAL_FRACTION": ("between 0 and 1", lambda x: 0 < x < 1),
+    "VOTE_MIN_SHARE": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "BALANCE": ("from 0 to 2", lambda x: 0 <= x <= 2),
+}  # fmt: skip
+SEVERAL = ("TRAIN_SCALES", "SCALES", "CLASS_WEIGHTS")  # tuples of such numbers
+FOLDERS = ("OUT_DIR", "STORE_DIR")  # made where they are not there
 
 
 def read_settings(script, arguments=None):
@@ -71,9 +93,36 @@ def parse(name, text, default):
         value = ast.literal_eval(text)
         if kind is float and type(value) in (int, float) or kind is int and type(value) is int:
             return kind(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, ArithmeticError, MemoryError, RecursionError):
         pass
     raise SettingError(f"{name} is {'a whole number' if kind is int else 'a number'}, not {text!r}")
+
+
+def check_values(settings):
+    """Refuse what no run can use: numbers out of their RANGES, folders that cannot be made.
+
+    Args:
+        settings: of one of the four scripts, by read_settings.
+
+    Raises:
+        SettingError: says which, and what it may be.
+    """
+    for names, (what, fits) in RANGES.items():
+        for name in filter(settings.__contains__, names.split()):
+            values = settings[name] if name in SEVERAL else (settings[name],)
+            good = isinstance(values, (tuple, list)) and values
+            good = good and all(type(x) in (int, float) and fits(x) for x in values)
+            each = "one number or more, each " if name in SEVERAL else ""
+            check(good, f"{name} is {each}{what}, not {settings[name]!r}")
+    check(any(settings.get("CLASS_WEIGHTS", (1,))), "CLASS_WEIGHTS are all 0; nothing would be learned")
+    weights = [settings.get(name, 1) for name in ("KL_WEIGHT", "FEATURE_WEIGHT", "LABEL_WEIGHT")]
+    check(any(weights), "KL_WEIGHT, FEATURE_WEIGHT and LABEL_WEIGHT are all 0; nothing would be learned")
+    for name in filter(settings.__contains__, FOLDERS):
+        path = Path(settings[name])
+        there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
+        check(there.is_dir(), f"{name} {path} cannot be used: {there} is no folder; move it or set another")
+        writable = name != "OUT_DIR" or os.access(there, os.W_OK)
+        check(writable, f"{name} {path} cannot be used: {there} is not writable; set another")
 
 
 def check(condition, sentence):
@@ -87,7 +136,9 @@ def run(main):
     try:
         main()
     except INPUT_ERRORS as error:
-        raise SystemExit(f"{sys.argv[0]}: {error}") from None
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        told = f"{error.filename}: {error.strerror}" if named else error
+        raise SystemExit(f"{sys.argv[0]}: {told}") from None
 
 
 def _constants(path):
