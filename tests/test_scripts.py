@@ -33,7 +33,7 @@ def test_every_stage_writes_its_outputs_and_says_what_comes_next(pipeline):
     for stage, then in zip(STAGES, ("sar_feature.py", "finetune.py", "results.py"), strict=True):
         out = cwd / "runs" / stage
         names = {path.name for path in out.iterdir()}
-        assert names == {"best.pt", "last.pt", "history.csv", "curves.png"}
+        assert names == {"best.pt", "last.pt", "last.previous.pt", "history.csv", "curves.png"}
         assert len(list(csv.DictReader(open(out / "history.csv")))) == 2
         assert f"next: python {then}" in printed[stage] and "epoch 2/2: loss" in printed[stage]
         assert "EPOCHS = 2\n" in printed[stage]
