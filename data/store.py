@@ -123,6 +123,7 @@ class ChipStore:
             self.chips = torch.empty(chips.shape, dtype=torch.uint8, device=device).copy_(self.chips)
         elif place == "host":
             self.chips = self.chips.pin_memory()
+        _release(self.mapping)
 
     def __len__(self):
         return len(self.chips if self.rows is None else self.rows)
@@ -148,8 +149,8 @@ class ChipStore:
     def _let_go(self, read):
         """Give pages that were read back to the kernel, or a run would hold the whole file."""
         self.read += read
-        if self.read > LET_GO and isinstance(self.mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        if self.read > LET_GO:
+            _release(self.mapping)
             self.read = 0
 
 
@@ -179,16 +180,22 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
+def _release(mapping):
+    """Let the pages of a memory-mapped file go; they stay in the kernel's cache."""
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def grey_statistics(chips, indices):
     """Mean and standard deviation of the grey level, 0..1, over the chips that are not empty.
 
     Of many chips an even sample is taken: 20,000 fix the mean to 0.0004.
     """
     total = square = pixels = 0.0
-    chips = ChipStore(chips, torch.device("cpu"), "disk")
     indices = np.sort(indices)[:: -(-len(indices) // GREY_SAMPLE)]
     for part in np.array_split(indices, max(1, len(indices) // 1024)):
-        block = chips[part].numpy().reshape(len(part), -1).astype(np.float64) / 255
+        block = chips[part].reshape(len(part), -1).astype(np.float64) / 255
+        _release(chips.base)
         block = block[block.any(axis=1)]
         total, square = total + block.sum(), square + (block**2).sum()
         pixels += block.size
