@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -12,11 +13,25 @@ TINY = {"sedan": 48, "SUV": 24, "van": 12, "bus": 6}
 
 def run_script(script, cwd, *settings, threads=2):
     """Run a script as a user would; returns the finished process with its output as text."""
+    return run_python(cwd, ROOT / script, *settings, threads=threads)
+
+
+def run_python(cwd, *arguments, threads=2):
+    """Run Python with these arguments; returns the finished process with its output as text."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *settings],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(one, two):
+    """Whether two state dicts hold the same tensors, bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 def must(process):

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT, must, run_script
+from tests.conftest import ROOT, load, must, run_python, run_script, same
 from utils.resume import take_up
 
 import pytest
-import torch
 
 # Runs a script that gets a signal at a step, or (signal 0) whose losses are not finite from there on.
 STOPPED = """
@@ -36,19 +35,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def stopped(script, cwd, step, number, *settings):
     """The process of a script that is sent a signal at a step."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    arguments = [sys.executable, "-c", STOPPED, str(step), str(number), str(ROOT / script), *settings]
-    return subprocess.run(
-        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
+    return run_python(cwd, "-c", STOPPED, step, number, ROOT / script, *settings)
 
 
 def model(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-def same(one, two):
-    return all(torch.equal(one[key], two[key]) for key in one)
+    return load(path)["model"]
 
 
 SETTINGS = {
@@ -88,10 +79,10 @@ def test_ctrl_c_twice_ends_at_once(pipeline, tiny_demo):
     while "epoch 1/" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
-    time.sleep(0.001)
+    time.sleep(0.02)  # so that the two do not arrive as one
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
-    assert torch.load(cwd / "ctrl_c_twice/last.pt", weights_only=True)["epoch"] >= 1
+    assert load(cwd / "ctrl_c_twice/last.pt")["epoch"] >= 1
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, tmp_path, capsys):
@@ -99,7 +90,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, t
     for name in ("last.pt", "last.previous.pt"):
         shutil.copy(cwd / "runs/pretrain" / name, tmp_path)
     whole = (tmp_path / "last.pt").read_bytes()
-    wanted = torch.load(tmp_path / "last.pt", weights_only=True)
+    wanted = load(tmp_path / "last.pt")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     assert take_up(tmp_path, wanted, True)["run"]["step"] == wanted["run"]["step"]

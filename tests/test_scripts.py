@@ -10,7 +10,7 @@ from data.augment import to_input, turn
 from data.layouts import find_pairs
 from data.sampler import BalancedStream, stratified_split
 from data.store import open_store
-from tests.conftest import ROOT, must, run_script
+from tests.conftest import ROOT, load, must, run_script, same
 from utils.checkpoint import build_model
 
 import numpy as np
@@ -18,14 +18,6 @@ import pytest
 import torch
 
 STAGES = ("pretrain", "sar_feature", "finetune")
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_every_stage_writes_its_outputs_and_says_what_comes_next(pipeline):

@@ -132,9 +132,12 @@ def check(condition, sentence):
 
 
 def run(main):
-    """Run a script's main(); wrong input ends it with a sentence instead of a traceback."""
+    """Run a script's main(); wrong input or Ctrl-C ends it with a sentence instead of a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 + SIGINT
     except INPUT_ERRORS as error:
         named = isinstance(error, OSError) and error.filename and error.strerror
         told = f"{error.filename}: {error.strerror}" if named else error
