@@ -103,16 +103,17 @@ def fit(
 
     with stop_signals() as received:
         for epoch in range(begin // steps, epochs):
-            first, started, saved_at = max(begin - epoch * steps, 0), time.perf_counter(), time.monotonic()
+            first, end = max(begin, epoch * steps), (epoch + 1) * steps
+            started, saved_at = time.perf_counter(), time.monotonic()
             learner.modules.train()
             with tqdm(
-                range(epoch * steps + first, (epoch + 1) * steps), initial=first, total=steps,
+                range(first, end), initial=first - epoch * steps, total=steps,
                 desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False,
             ) as bar:  # fmt: skip
                 for step in bar:
                     chips = learner.step(step)
                     if step % READ_EVERY == 0 and (seen := learner.meter.read()):
-                        rate = bar.n * chips / (time.perf_counter() - started)
+                        rate = (step + 1 - first) * chips / (time.perf_counter() - started)
                         bar.set_postfix_str(f"loss {seen[0]:.3f} acc {seen[1]:.3f} {rate:.0f} images/s")
                         end_if_lost(seen[3], step + 1)
                     if received or time.monotonic() - saved_at > 60 * save_every_min:
@@ -122,8 +123,8 @@ def fit(
                         print(f"\nstopped at step {step + 1}; start again to go on", file=sys.stderr)
                         raise SystemExit(128 + received[0])
             loss, accuracy, skipped, in_a_row = learner.meter.final()
-            end_if_lost(in_a_row, (epoch + 1) * steps)
-            rate = (steps - first) * chips / (time.perf_counter() - started)
+            end_if_lost(in_a_row, end)
+            rate = (end - first) * chips / (time.perf_counter() - started)
             row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy}
             row |= {"learning rate": learner.schedule.get_last_lr()[0], "images/s": rate}
             found = validate(learner.kept.eval())
@@ -131,9 +132,9 @@ def fit(
             learner.meter.reset()
             if better := found["mean per-class accuracy"] >= best:  # of equals the later, better trained
                 best = found["mean per-class accuracy"]
-                save("best.pt", (epoch + 1) * steps)
-            save("last.pt", (epoch + 1) * steps)  # after the best, which is not written again
+                save("best.pt", end)
             _write_history(out_dir / "history.csv", history)
+            save("last.pt", end)  # at the end: a run that goes on from it does not write the others again
             values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(
                 f"epoch {epoch + 1}/{epochs}: loss {loss:.4f}, training accuracy {accuracy:.3f}, "
@@ -141,7 +142,6 @@ def fit(
                 + (f"; {skipped} steps without a finite loss left out" if skipped else ""),
                 flush=True,
             )
-    _write_history(out_dir / "history.csv", history)
     plot_history(out_dir / "curves.png", history)
     return history
 
@@ -180,6 +180,9 @@ class Learner:
         if ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self.kept = self.average.module if ema else model  # what is validated and saved
+        # What a forward pass in training changes: the statistics of batch norms that are not frozen.
+        learning = (module for module in self.modules.train().modules() if module.training)
+        self.buffers = [buffer for module in learning for buffer in module.buffers(recurse=False)]
         names = ("modules", "optimizer", "schedule", "meter") + (("average",) if ema else ())
         self.parts = {name: getattr(self, name) for name in names}
 
@@ -187,8 +190,7 @@ class Learner:
         """Take the step of this number; returns the number of its chips."""
         # Own random numbers for each step, so that a run goes on the same wherever it was stopped.
         _seed(self.device, self.seed * 1_000_003 + number)
-        buffers = list(self.modules.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        before = [buffer.clone() for buffer in self.buffers]
         with autocast(self.device):
             loss, logits, labels = self.loss_of(number)
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,7 +199,7 @@ class Learner:
         bad = ~(loss.detach().isfinite() & norm.isfinite())
         self.optimizer.found_inf = bad.float()  # with 1 the fused step leaves all as it is
         self.optimizer.step()
-        for buffer, old in zip(buffers, before, strict=True):
+        for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(torch.where(bad, old, buffer))
         self.schedule.step()
         if self.average is not None:
