@@ -268,8 +268,8 @@ def _decode_chunk(chunk):
     for i, path in enumerate(paths, start):
         try:
             array[i] = decode(path, side)
-        except UNREADABLE as error:
-            bad.append(f"{path} ({str(error).splitlines()[0]})")
+        except DataError as error:
+            bad.append(f"{path} ({error})")
     return bad
 
 

@@ -122,7 +122,7 @@ def chip_numbers(names):
 def _k_means(features, clusters):
     """Labels of `clusters` clusters at most, int [N]."""
     model = KMeans if len(features) <= LARGE else MiniBatchKMeans
-    model = model(min(clusters, len(features)), n_init=1, random_state=0)
+    model = model(min(clusters, len(features)), random_state=0)
     return model.fit_predict(features)
 
 

@@ -84,10 +84,9 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
 
 def _forward(model, chips, turns, size, grey):
     """Logits [B, C] and features [B, D] of chips [B, S, S], each summed over the views `turns`."""
-    turned = turn(chips.repeat(len(turns), 1, 1), turns.repeat_interleave(len(chips)))
-    images = to_input(turned, size, *grey)
+    views = turns.repeat_interleave(len(chips))
+    features = _features(model, chips.repeat(len(turns), 1, 1), views, size, grey)
     with autocast(chips.device):
-        features = model.features(images.to(memory_format=torch.channels_last))
         logits = model.head(features)
     return tuple(x.float().unflatten(0, (len(turns), -1)).sum(0) for x in (logits, features))
 
@@ -95,9 +94,15 @@ def _forward(model, chips, turns, size, grey):
 @torch.no_grad()
 def view_features(model, store, size, grey, chosen, views):
     """Features [B, D] of the chips `chosen` at their `views`, int64 [B] arrays, at `size` px."""
-    turned = turn(store[chosen], to_device(torch.from_numpy(views), store.device))
-    with autocast(store.device):
-        return model.features(to_input(turned, size, *grey).to(memory_format=torch.channels_last))
+    views = to_device(torch.from_numpy(views), store.device)
+    return _features(model, store[chosen], views, size, grey)
+
+
+def _features(model, chips, views, size, grey):
+    """Features [B, D] of chips, uint8 [B, S, S], each in its view, int64 [B], at `size` px."""
+    images = to_input(turn(chips, views), size, *grey)
+    with autocast(chips.device):
+        return model.features(images.to(memory_format=torch.channels_last))
 
 
 def autocast(device):

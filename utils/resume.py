@@ -5,8 +5,8 @@ import os
 import signal
 from pathlib import Path
 
-from utils.checkpoint import CheckpointError, checksum, load_checkpoint
-from utils.settings import SettingError
+from utils.checkpoint import checksum, load_checkpoint
+from utils.settings import CheckpointError, SettingError
 
 # Settings that change where and how a run computes, not what.
 FREE = {"OUT_DIR", "STORE_DIR", "DEVICE", "CHIP_MEMORY_GB", "COMPILE", "RESUME", "SAVE_EVERY_MIN"}
