@@ -47,9 +47,9 @@ SIDES = {"EO_Train": 32, "SAR_Train": 56}  # px
 
 
 def main():
-    settings = read_settings(globals())
+    read_settings(globals())
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(settings["FOLDER"] or folder)
+        os.chdir(FOLDER or folder)
         print("\n| what | measured | at most |\n|---|---|---|", flush=True)
         short = []
         for name, unit, most, measure in table:
@@ -139,13 +139,13 @@ def first_batch():
     return time.perf_counter() - started
 
 
-def memory_of(place):
+def memory_of(memory_gb):
     def measure():
         """GiB at the peak beyond imports, model and the activations of a batch."""
         network = Classifier("test_resnet", 10, 63)
         network(torch.randn(64, 1, 63, 63)).sum().backward()
         before = peak()
-        trained("pretrain.py", "SENSOR=SAR", f"CHIP_MEMORY_GB={place}", steps=STEPS)
+        trained("pretrain.py", "SENSOR=SAR", f"CHIP_MEMORY_GB={memory_gb}", steps=STEPS)
         return peak() - before
 
     return measure
@@ -158,12 +158,12 @@ def batch_against_small():
     device = torch.device("cpu")
     few = np.linspace(0, len(chips) - 1, SMALL).astype(int)
     feeds = []
-    for members, store in (
-        (np.arange(len(chips)), ChipStore(chips, device, "disk")),
-        (np.arange(SMALL), ChipStore(chips[few], device)),
+    for labels, store in (
+        (pairs.labels, ChipStore(chips, device, "disk")),
+        (pairs.labels[few], ChipStore(chips[few], device)),
     ):
-        labels = pairs.labels if len(members) > SMALL else pairs.labels[few]
-        feeds.append(Feed(WeightedStream(labels, 64, 0.5, 0), members, labels, device, store))
+        stream = WeightedStream(labels, 64, 0.5, 0)
+        feeds.append(Feed(stream, np.arange(len(store)), labels, device, store))
     return statistics.median(
         seconds(feeds[0], 200, start) / seconds(feeds[1], 200, start) for start in range(1000, 4000, 200)
     )

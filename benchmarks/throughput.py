@@ -28,9 +28,9 @@ from data.demo import write_demo  # noqa: E402
 from data.feed import Feed  # noqa: E402
 from data.layouts import find_pairs  # noqa: E402
 from data.sampler import WeightedStream  # noqa: E402
-from data.store import CHUNK, ChipStore, open_store  # noqa: E402
+from data.store import CHUNK, ChipStore, open_store, place_stores  # noqa: E402
 from models.backbone import Classifier  # noqa: E402
-from utils.checkpoint import build_model, save_checkpoint  # noqa: E402
+from utils.checkpoint import save_checkpoint  # noqa: E402
 from utils.predict import autocast, predict, scaled, tta_views  # noqa: E402
 from utils.settings import read_settings, run  # noqa: E402
 from utils.training import choose_device, fit  # noqa: E402
@@ -61,8 +61,8 @@ STEPS = 21  # of one measurement of a step; a multiple of the number of scales
 
 
 def main():
-    settings = read_settings(globals())
-    device = choose_device(settings["DEVICE"])
+    read_settings(globals())
+    device = choose_device(DEVICE)
     print(f"\n{machine(device)}\n\n| row | against | measured | required |\n|---|---|---|---|", flush=True)
     short = []
     with tempfile.TemporaryDirectory() as folder:
@@ -284,18 +284,18 @@ def teacher(root, backbone, size, stage="pretrain", sensor="EO"):
 
 
 def script(name, *settings):
-    """Seconds of a script from the loaded networks to the last step, without validation and files."""
+    """Seconds of a script from the chips in their place to the last step, without validation and files."""
     started = time.perf_counter()
 
-    def load(*arguments):
+    def place(*arguments):
         nonlocal started
-        model = build_model(*arguments)
+        stores = place_stores(*arguments)
         started = time.perf_counter()
-        return model
+        return stores
 
     with (
         training_alone(),
-        mock.patch("utils.checkpoint.build_model", load),
+        mock.patch("data.store.place_stores", place),
         mock.patch.object(sys, "argv", [name, *settings]),
     ):
         runpy.run_path(str(ROOT / name), run_name="__main__")
