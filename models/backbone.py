@@ -63,9 +63,10 @@ class Classifier(nn.Module):
 
     def train(self, mode=True):
         """Training mode; a frozen backbone stays in eval mode, or its buffers would drift."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode
+        self.head.train(mode)
         return self
 
 
