@@ -10,14 +10,15 @@ from itertools import chain, product
 from data.augment import VIEWS
 from data.feed import Feed
 from data.layouts import find_pairs, find_validation
-from data.sampler import BalancedStream, few_of_each, stratified_split
-from data.store import open_store, place_stores
+from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified_split
+from data.store import open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
 from utils.energy import fit_gaussians
 from utils.frozen import FrozenCache
 from utils.predict import scaled, view_features
-from utils.resume import made_from
+from utils.ranks import equal_share, gathered, part, rank
+from utils.resume import chips_a_step, made_from
 from utils.settings import check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -30,10 +31,12 @@ STUDENT = "runs/sar_feature/best.pt"  # SAR checkpoint of sar_feature.py
 DATA_ROOT = ""  # folder of the data set; empty: the student's
 OUT_DIR = "runs/finetune"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 EPOCHS = 10  # passes over as many chips as there are
-BATCH_SIZE = 64  # chips a step
+BATCH_SIZE = 64  # chips a step, on every rank
 LEARNING_RATE = 1e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of AdamW; higher keeps the head smaller
+BALANCED = True  # True draws every class equally often, False the chips as they are
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
 GAUSSIAN_CHIPS = 1000  # most chips of a class that show how its features are spread
@@ -52,16 +55,20 @@ def main():
     check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
+    batch = chips_a_step(OUT_DIR, settings)
 
     source = load_checkpoint(STUDENT, "sar_feature.py", sensor="SAR")
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"])
     labelled = find_validation(root, pairs.classes)
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
-    (sar,) = place_stores(device, CHIP_MEMORY_GB, open_store(pairs.sar, STORE_DIR))
-    feed = Feed(BalancedStream(pairs.labels[train], BATCH_SIZE, SEED), train, pairs.labels, device)
-    steps = math.ceil(len(train) / BATCH_SIZE)
+    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD)
+    train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
+    (sar,) = place_stores(device, CHIP_MEMORY_GB, chips)
+    draws = BalancedStream if BALANCED else partial(WeightedStream, balance=0.0)
+    stream = draws(pairs.labels[train], batch, seed=SEED)
+    feed = Feed(stream, train, pairs.labels, device, part=part())
+    steps = math.ceil(len(train) / batch)
 
     if NEW_HEAD:
         model.head.reset_parameters()
@@ -75,7 +82,8 @@ def main():
 
     # The frozen backbone gives the same features in every epoch: they are computed once.
     known = train[few_of_each(pairs.labels[train], GAUSSIAN_CHIPS)]
-    fitted = [(known, np.full(len(known), view)) for view in turns]
+    mine = known[equal_share(len(known))]
+    fitted = [(mine, np.full(len(mine), view)) for view in turns]
 
     def features_at(first, scale):
         requests = chain(fitted, map(draw, range(first, EPOCHS * steps, len(scales))))
@@ -83,10 +91,10 @@ def main():
         return FrozenCache(see, requests, len(pairs.labels), BATCH_SIZE, device, memory_gb=CHIP_MEMORY_GB)
 
     features = list(map(features_at, range(len(scales)), scales))
-    views = tqdm(list(product(features, fitted)), desc="features", unit=" views")
+    views = tqdm(list(product(features, fitted)), desc="features", unit=" views", disable=rank() > 0)
     mean = sum(seen(*request).float() for seen, request in views) / len(views)
     counts = np.bincount(pairs.labels[train], minlength=len(pairs.classes))
-    gaussians = fit_gaussians(mean.cpu(), pairs.labels[known], counts)
+    gaussians = fit_gaussians(gathered(mean, len(known)).cpu(), pairs.labels[known], counts)
 
     def loss_of(step):
         _, truth = feed(step)
@@ -98,9 +106,9 @@ def main():
         "made_from": made_from(pairs, source["model"]),
     }  # fmt: skip
     fit(
-        model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
+        model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
+        epochs=EPOCHS, steps=steps, batch=batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+        seed=SEED, out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
         save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, pairs.sar),
     )  # fmt: skip
     announce(OUT_DIR, "python results.py")

@@ -11,11 +11,12 @@ from data.demo import ensure_demo
 from data.feed import Feed
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
-from data.store import grey_statistics, open_store, place_stores
+from data.store import grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict import scaled
-from utils.resume import made_from
+from utils.ranks import part
+from utils.resume import chips_a_step, made_from
 from utils.settings import check, check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -26,13 +27,14 @@ DATA_ROOT = "datasets/demo"  # folder of the data set; the default is simulated 
 CLASSES = ()  # class folders in the order of their index; empty: official or alphabetical order
 OUT_DIR = "runs/pretrain"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 SENSOR = "EO"  # "EO" as in the method; "SAR" trains the plain baseline without a teacher
 BACKBONE = "test_resnet"  # any timm model; resnet18 or larger on a GPU
 WEIGHTS = ""  # "" from scratch, "timm" from the hub, or a file of weights
 IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be better
 VAL_FRACTION = 0.1  # share of the training pairs that all stages leave out to validate on
 EPOCHS = 8  # passes over as many chips as there are
-BATCH_SIZE = 64  # chips a step
+BATCH_SIZE = 64  # chips a step, on every rank
 LEARNING_RATE = 2e-3  # at the peak of the schedule; lower it for pretrained weights
 WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
 WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
@@ -59,10 +61,10 @@ def main():
     check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
+    batch = chips_a_step(OUT_DIR, settings)
 
     ensure_demo(DATA_ROOT)
     pairs = find_pairs(DATA_ROOT, CLASSES)
-    train, held_out = stratified_split(pairs.labels, VAL_FRACTION)
     classes = len(pairs.classes)
     check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
     # Only SAR has labelled validation chips; without them a part of the pairs serves.
@@ -71,17 +73,18 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
-    chips = open_store(paths, STORE_DIR)
+    chips = open_store(paths, STORE_DIR, SKIP_BAD)
+    train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
     mean, std = grey_statistics(chips, train)
     (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
-    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
-    feed = Feed(stream, train, pairs.labels, device, store)
+    stream = WeightedStream(pairs.labels[train], batch, BALANCE, SEED)
+    feed = Feed(stream, train, pairs.labels, device, store, part=part())
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(step):
         views, truth, drawn = feed(step)
         images = normalise(turn(drawn, views), mean, std)
-        images = jitter(speckle(images, SPECKLE, mean, std), JITTER)
+        images = jitter(speckle(images, SPECKLE, mean, std, feed.rows), JITTER, feed.rows)
         images = resize(images, scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
         logits = model(images.to(memory_format=torch.channels_last))
         return focal_loss(logits, truth, GAMMA, alpha), logits, truth
@@ -89,12 +92,12 @@ def main():
     checkpoint = {
         "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
         "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,
-        "scales": TRAIN_SCALES, "grey": (mean, std), "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
-        "made_from": made_from(pairs),
+        "counts": pairs.counts, "scales": TRAIN_SCALES, "grey": (mean, std), "data_root": DATA_ROOT,
+        "val_fraction": VAL_FRACTION, "made_from": made_from(pairs),
     }  # fmt: skip
     fit(
-        model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=math.ceil(len(train) / BATCH_SIZE), learning_rate=LEARNING_RATE,
+        model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
+        epochs=EPOCHS, steps=math.ceil(len(train) / batch), batch=batch, learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
         out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
         save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, paths),

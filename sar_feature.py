@@ -10,14 +10,15 @@ from data.augment import jitter, normalise, resize, speckle, turn
 from data.feed import Feed
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
-from data.store import grey_statistics, open_store, place_stores
+from data.store import grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
 from utils.checkpoint import build_model, load_checkpoint
 from utils.frozen import FrozenCache
 from utils.predict import autocast, scaled, view_features
-from utils.resume import made_from
+from utils.ranks import part
+from utils.resume import chips_a_step, made_from
 from utils.settings import check, check_values, read_settings, run
 from utils.training import announce, choose_device, fit
 from utils.validation import validation
@@ -29,10 +30,11 @@ TEACHER = "runs/pretrain/best.pt"  # EO checkpoint of pretrain.py
 DATA_ROOT = ""  # folder of the data set; empty: the teacher's
 OUT_DIR = "runs/sar_feature"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 BACKBONE = ""  # any timm model for the student; empty: the teacher's
 INIT = "teacher"  # the student's first weights: "teacher", "" from scratch, "timm", or a file
 EPOCHS = 10  # passes over as many pairs as there are
-BATCH_SIZE = 64  # pairs a step
+BATCH_SIZE = 64  # pairs a step, on every rank
 LEARNING_RATE = 2e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
 WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
@@ -63,6 +65,7 @@ def main():
     check_values(settings)
     device = choose_device(DEVICE)
     torch.manual_seed(SEED)
+    batch = chips_a_step(OUT_DIR, settings)
 
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
     backbone, size = BACKBONE or source["backbone"], source["image_size"]
@@ -72,7 +75,6 @@ def main():
     )
     root = DATA_ROOT or source["data_root"]
     pairs = find_pairs(root, source["classes"])
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"])
     labelled = find_validation(root, pairs.classes)
 
     teacher = build_model(source, TEACHER).requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -81,15 +83,17 @@ def main():
         student.load_state_dict(teacher.state_dict())
     student.to(device, memory_format=torch.channels_last)
     student.check_sizes([scaled(size, scale) for scale in TRAIN_SCALES])
-    same = student.width == teacher.width
+    same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    eo_chips, sar_chips = open_store(pairs.eo, STORE_DIR), open_store(pairs.sar, STORE_DIR)
+    eo_chips, sar_chips = (open_store(paths, STORE_DIR, SKIP_BAD) for paths in (pairs.eo, pairs.sar))
+    without = unreadable(eo_chips), unreadable(sar_chips)
+    train, held_out = stratified_split(pairs.labels, source["val_fraction"], *without)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
     eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
-    stream = WeightedStream(pairs.labels[train], BATCH_SIZE, BALANCE, SEED)
-    feed = Feed(stream, train, pairs.labels, device, sar)
-    steps = math.ceil(len(train) / BATCH_SIZE)
+    stream = WeightedStream(pairs.labels[train], batch, BALANCE, SEED)
+    feed = Feed(stream, train, pairs.labels, device, sar, part=part())
+    steps = math.ceil(len(train) / batch)
 
     @torch.no_grad()
     def teach(chosen, views):
@@ -110,7 +114,7 @@ def main():
     def loss_of(step):
         views, truth, drawn = feed(step)
         images = normalise(turn(drawn, views), *sar_grey)
-        images = jitter(speckle(images, SPECKLE, *sar_grey), JITTER)
+        images = jitter(speckle(images, SPECKLE, *sar_grey, feed.rows), JITTER, feed.rows)
         images = resize(images, scaled(size, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
         taught, target = lessons(*feed.draw(step)).tensor_split((-len(pairs.classes),), dim=1)
         features = student.features(images.to(memory_format=torch.channels_last))
@@ -128,8 +132,8 @@ def main():
         "made_from": made_from(pairs, source["model"]),
     }  # fmt: skip
     fit(
-        student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR),
-        epochs=EPOCHS, steps=steps, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+        student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
+        epochs=EPOCHS, steps=steps, batch=batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
         warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED, also_trained=[project],
         out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
         save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, pairs.sar),

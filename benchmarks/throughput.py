@@ -279,8 +279,9 @@ def teacher(root, backbone, size, stage="pretrain", sensor="EO"):
     model = Classifier(backbone, len(pairs.classes), size)
     save_checkpoint("teacher.pt", {
         "stage": stage, "sensor": sensor, "settings": {}, "backbone": backbone, "image_size": size,
-        "classes": pairs.classes, "class_ids": pairs.class_ids, "scales": (1.0,), "grey": (0.4, 0.12),
-        "data_root": root, "val_fraction": 0.1, "model": model.state_dict(),
+        "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
+        "scales": (1.0,), "grey": (0.4, 0.12), "data_root": root, "val_fraction": 0.1,
+        "model": model.state_dict(),
     })  # fmt: skip
 
 

@@ -62,26 +62,31 @@ def resize(images, size):
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
-def jitter(images, strength):
+def jitter(images, strength, rows=None):
     """Random contrast and brightness, each chip its own: x (1 + s u) + s v, u and v in -1..1.
 
     Args:
         images: [N, 1, S, S] normalised.
         strength: s, in units of the grey level's standard deviation; 0 leaves all as it is.
+        rows: (slice, B) where they are these rows of a batch of B, drawn as for the whole.
     """
     if not strength:
         return images
-    u, v = (torch.rand(2, len(images), 1, 1, 1, device=images.device) * 2 - 1).mul(strength)
+    rows, whole = rows or (slice(None), len(images))
+    u, v = (torch.rand(2, whole, 1, 1, 1, device=images.device)[:, rows] * 2 - 1).mul(strength)
     return torch.addcmul(v, images, 1 + u)
 
 
-def speckle(images, strength, mean, std):
+def speckle(images, strength, mean, std, rows=None):
     """Multiplicative speckle on the grey level: g (1 + s n), n ~ N(0, 1) for every pixel.
 
     Args:
         images: [N, 1, S, S] normalised with mean and std (of the grey level, 0..1).
         strength: s, relative to the grey level; 0 leaves all as it is.
+        rows: as in `jitter`.
     """
     if not strength:
         return images
-    return images + (images + mean / std) * torch.randn_like(images).mul(strength)
+    rows, whole = rows or (slice(None), len(images))
+    noise = torch.randn(whole, *images.shape[1:], device=images.device, dtype=images.dtype)[rows]
+    return images + (images + mean / std) * noise.mul(strength)

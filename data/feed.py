@@ -20,11 +20,16 @@ class Feed:
         labels: int64 [N] array, of all chips.
         device: where the batches are wanted.
         stores: any number of ChipStores on that device.
+        part: (i, n): of n processes that share each of the stream's batches, this is number i.
+
+    `rows` is what they give of a batch: (slice, B of the stream).
     """
 
-    def __init__(self, stream, members, labels, device, *stores):
+    def __init__(self, stream, members, labels, device, *stores, part=(0, 1)):
         self.stream, self.members, self.labels = stream, members, labels
         self.device, self.stores = device, stores
+        whole, (i, n) = stream.batch_size, part
+        self.rows = slice(whole * i // n, whole * (i + 1) // n), whole
         away = any(store.place != "device" for store in stores)
         self.thread = ThreadPoolExecutor(1) if away else None
         self.lane = torch.cuda.Stream(self.device) if away and self.device.type == "cuda" else None
@@ -34,11 +39,12 @@ class Feed:
     def _draw(self, step):
         """The chips and views of a step, int64 [B] arrays."""
         drawn, views = self.stream.batch(step)
-        return self.members[drawn], views
+        rows, _ = self.rows
+        return self.members[drawn[rows]], views[rows]
 
     def names(self, paths, step):
-        """The files of a step's chips, among those of all chips."""
-        return [paths[chip] for chip in self.draw(step)[0]]
+        """The files of a step's chips, of all processes, among those of all chips."""
+        return [paths[chip] for chip in self.members[self.stream.batch(step)[0]]]
 
     def __call__(self, step):
         """uint8 chips, int64 views and labels, on the device."""

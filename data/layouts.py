@@ -53,6 +53,11 @@ class Pairs:
     classes: tuple
     class_ids: tuple
 
+    @property
+    def counts(self):
+        """Number of pairs of each class, as a list."""
+        return np.bincount(self.labels, minlength=len(self.classes)).tolist()
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -61,6 +66,10 @@ class Labelled:
     paths: list
     labels: np.ndarray
     ood: np.ndarray
+
+    def subset(self, indices):
+        """Those at `indices`, int64 array."""
+        return Labelled([self.paths[i] for i in indices], self.labels[indices], self.ood[indices])
 
 
 def find_pairs(root, classes=()):

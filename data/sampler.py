@@ -6,6 +6,7 @@ is asked, so a run can start again at any step, and ranks can each take their pa
 """
 
 from data.augment import VIEWS
+from data.errors import DataError
 
 import numpy as np
 
@@ -132,15 +133,18 @@ class _ClassMembers:
         return self.order[self.start[classes] + places].astype(np.int64)
 
 
-def stratified_split(labels, fraction):
+def stratified_split(labels, fraction, *without):
     """Training and validation indices, the same whenever labels and fraction are the same.
 
     Of every class round(fraction * count) chips are set aside, but at least one where the
     class has two, and never its last. The choice does not depend on the run's seed, so that
-    all stages leave out the same chips.
+    all stages leave out the same chips. Those at `without`, arrays of indices, are then in neither.
 
     Returns:
         train, validation: int64 arrays, sorted.
+
+    Raises:
+        DataError: none is left to train on.
     """
     random = np.random.default_rng(0)
     validation = []
@@ -149,7 +153,12 @@ def stratified_split(labels, fraction):
         aside = min(max(round(fraction * len(chips)), 1 if fraction else 0), len(chips) - 1)
         validation.append(random.permutation(chips)[:aside])
     validation = np.sort(np.concatenate(validation)).astype(np.int64)
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
+    parts = np.setdiff1d(np.arange(len(labels)), validation), validation
+    without = np.concatenate([*without, []]).astype(np.int64)
+    train, validation = (np.setdiff1d(part, without) for part in parts)
+    if not len(train):
+        raise DataError("no pair is left of which both files are readable images; add chips")
+    return train, validation
 
 
 def few_of_each(labels, most):

@@ -9,13 +9,14 @@ In a run its chips live in the fastest memory that takes them: the device's, els
 import copy
 import hashlib
 import io
+import json
 import mmap
 import multiprocessing
 import os
 import re
 import struct
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 from data.errors import DataError, named, reason
@@ -40,7 +41,7 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError
 UNREADABLE += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
-def open_store(paths, folder):
+def open_store(paths, folder, skip_bad=False):
     """The chips of `paths` as one array, decoded on the first call, memory-mapped afterwards.
 
     The side S is the most common longest side among the files, at most MAX_SIDE; chips of
@@ -49,12 +50,14 @@ def open_store(paths, folder):
     Args:
         paths: N image files.
         folder: where stores are kept.
+        skip_bad: True leaves a chip whose file is no image black, and `unreadable` names it.
 
     Returns:
         uint8 [N, S, S], in the order of `paths`; writing to it does not reach the disk.
 
     Raises:
         DataError: files that are not images, all listed at once.
+        OSError: the disk is full, or the folder cannot be written to.
     """
     folder = Path(folder)
     place, state = fingerprint(paths)
@@ -62,19 +65,48 @@ def open_store(paths, folder):
     if not path.exists():
         with locked(folder / "lock"):
             if not path.exists():  # another process may have made it meanwhile
-                _make(paths, path, place)
-    return np.load(path, mmap_mode="c")
+                _make(paths, path, place, skip_bad)
+    chips = np.load(path, mmap_mode="c")
+    if bad := _unreadable(chips):
+        if not skip_bad:
+            raise DataError(_listed(bad))
+        print(f"{len(bad)} of {len(paths)} files left out, no readable images: {named(bad.values())}")
+    return chips
 
 
-def _make(paths, target, place):
+def unreadable(chips):
+    """Indices, int64, of the chips of `open_store` that it left black."""
+    return np.array(sorted(_unreadable(chips)), np.int64)
+
+
+def _unreadable(chips):
+    """{index: "file (what is wrong with it)"} of a store; kept in a file beside it, if there are any."""
+    beside = Path(chips.filename).with_suffix(".json")
+    found = json.loads(beside.read_text()) if beside.exists() else {}
+    return {int(index): wrong for index, wrong in found.items()}
+
+
+def _listed(bad):
+    return (
+        f"{len(bad)} files are no readable images: {named(bad.values())}; replace them, or set "
+        "SKIP_BAD=True to leave them out"
+    )
+
+
+def _make(paths, target, place, skip_bad):
     """Decode into a file beside `target`, which takes its name when it is whole."""
     for left in target.parent.glob("*.part"):  # by a process that was killed
         left.unlink()
     part = target.with_suffix(".part")
     try:
-        _decode_all(paths, part)
-        for old in target.parent.glob(f"{place}-*.npy"):
-            old.unlink()
+        bad = _decode_all(paths, part)
+        if bad and (not skip_bad or len(bad) == len(paths)):
+            raise DataError(_listed(bad))
+        for old in target.parent.glob(f"{place}-*.*"):
+            if old != part:
+                old.unlink()
+        if bad:
+            target.with_suffix(".json").write_text(json.dumps(bad))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -239,20 +271,25 @@ def fingerprint(paths):
 
 
 def _decode_all(paths, target):
-    """Decode all files on all cores into the .npy file `target`, with bounded memory."""
+    """Decode all files on all cores into the .npy file `target`, with bounded memory.
+
+    Returns {index: "file (what is wrong with it)"} of those that are no images.
+    """
     side = _common_side(paths)
     shape = (len(paths), side, side)
     array = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that is full raises here, and kills no worker later
+        with open(target, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(target))
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side) for start in starts]
-    bad = []
+    bad = {}
     with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
         for (_, _, chunk, _), wrong in zip(chunks, _map(_decode_chunk, chunks), strict=True):
-            bad += wrong
+            bad |= wrong
             bar.update(len(chunk))
     array.flush()
-    if bad:
-        raise DataError(f"{len(bad)} files are no readable images: {named(bad)}; replace them")
+    return bad
 
 
 def _map(function, chunks):
@@ -263,19 +300,22 @@ def _map(function, chunks):
         return
     # Forked workers start at once and only decode; elsewhere fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, chunks)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            yield from pool.map(function, chunks)
+    except BrokenExecutor as error:
+        raise OSError("a process that decodes chips was killed; memory may be short, try again") from error
 
 
 def _decode_chunk(chunk):
     """Decode some files into their place of the .npy file; returns what is wrong with which."""
     target, start, paths, side = chunk
-    array, bad = np.asarray(np.load(target, mmap_mode="r+")), []
+    array, bad = np.asarray(np.load(target, mmap_mode="r+")), {}
     for i, path in enumerate(paths, start):
         try:
             array[i] = decode(path, side)
         except DataError as error:
-            bad.append(f"{path} ({error})")
+            bad[i] = f"{path} ({error})"
     return bad
 
 

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,23 @@ def run_script(script, cwd, *settings, threads=2):
     return run_python(cwd, ROOT / script, *settings, threads=threads)
 
 
-def run_python(cwd, *arguments, threads=2):
-    """Run Python with these arguments; returns the finished process with its output as text."""
+def run_python(cwd, *arguments, threads=2, limit=None):
+    """Run Python with these arguments; returns the finished process with its output as text.
+
+    limit: bytes that a file may grow to, as on a disk that is full.
+    """
+    restrict = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, preexec_fn=restrict,
     )  # fmt: skip
+
+
+def run_ranks(ranks, script, cwd, *settings):
+    """Run a script on several ranks of one machine, as with torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return run_python(cwd, *launch, ROOT / script, *settings, threads=1)
 
 
 def load(path):

@@ -17,10 +17,12 @@ import zlib
 from pathlib import Path
 
 from data.errors import DataError
+from data.layouts import Labelled
 from data.store import open_store
 from tests.conftest import ROOT
 from utils.checkpoint import FORMAT, KEYS
-from utils.report import save_scores
+from utils.pictures import confusion, recall
+from utils.report import Found
 
 import numpy as np
 import pytest
@@ -33,10 +35,10 @@ QUICK = {
     "pretrain.py": "DATA_ROOT=data EPOCHS=1 BATCH_SIZE=8 IMAGE_SIZE=16 TRAIN_SCALES=1",
     "sar_feature.py": "EPOCHS=1 BATCH_SIZE=8 TRAIN_SCALES=1",
     "finetune.py": "EPOCHS=1 BATCH_SIZE=8 ALL_VIEWS=False",
-    "results.py": "ROTATIONS=0 SCALES=1",
+    "results.py": "ROTATIONS=0 SCALES=1 REPORT=False",
 }
 CHIP, SAR_CHIP = "data/EO/bus/0.png", "data/SAR/bus/0.png"
-TEST = "data/test/reference.csv"
+VALIDATION, TEST = "data/val/Gotcha101.png", "data/test/reference.csv"
 TEACHER, STUDENT, FINAL = (f"runs/{stage}/best.pt" for stage in EARLIER[:3])
 HEADER = "image_id,class,OOD_flag\n"
 ROWS = [f"Gotcha{n},{CLASSES[n % 4]},{int(n > 106)}\n" for n in range(101, 109)]  # two are unknown
@@ -92,6 +94,11 @@ def cut(path, size):
 def empty(folder):
     """All chips below a folder become black."""
     return lambda: [chip(str(path), 0)() for path in Path(folder).rglob("*.png")]
+
+
+def emptied(folder):
+    """All files below a folder are cut to nothing."""
+    return lambda: [os.truncate(path, 0) for path in Path(folder).rglob("*.png")]
 
 
 def ran(command):
@@ -168,9 +175,13 @@ def without_permission():
 
 def large_confusion():
     labels = np.arange(1001)
-    Path("scores").mkdir()
-    save_scores(Path("scores"), {"one": {"total": 1.0}}, labels, labels, labels < 0, labels.astype(str))
-    print(sorted(os.listdir("scores")))
+    truth = Labelled([], labels, labels < 0)
+    stages = {"one": (labels, labels.astype(float))}
+    names = labels.astype(str)
+    found = Found(names, {}, stages, np.eye(1001), labels, None, None, 0.0, labels + 1, None, truth)
+    confusion(found).savefig("confusion.png")
+    recall(found).savefig("recall.png")
+    print(sorted(os.listdir()))
 
 
 def bad(name, change, command, message):
@@ -247,6 +258,14 @@ CASES = [
         "1 SAR chips without EO (0)"),
     bad("changed after the store was built", [ran("pretrain.py OUT_DIR=x"), write(CHIP, b"else")],
         "pretrain.py", f"1 files are no readable images: {CHIP}"),
+    *(good(f"{script} without bad chips", [cut(path, 9) for path in (CHIP, SAR_CHIP, VALIDATION)],
+        f"{script} SKIP_BAD=True", "left out, no readable images: data/") for script in list(QUICK)[:3]),
+    good("results.py without a bad chip", cut("data/test/Gotcha101.png", 40), "results.py SKIP_BAD=True",
+        "1 of 8 files left out", lambda: submitted() == {str(n) for n in range(102, 109)}),
+    bad("SKIP_BAD of another run", [cut(CHIP, 40), ran("pretrain.py SKIP_BAD=True OUT_DIR=runs/other")],
+        "pretrain.py", f"no readable images: {CHIP}"),
+    bad("no chip is left", emptied("data/EO"), "pretrain.py SKIP_BAD=True",
+        "16 files are no readable images"),
     bad("no permission", None, without_permission, f"{CHIP} (Permission denied)"),
     bad("file loops", link(CHIP, "0.png"), "pretrain.py", f"links that lead nowhere: {CHIP}; mend or remove"),
     good("folder loops", link("data/EO/bus/up", ".."), "pretrain.py", "next: python"),
@@ -335,8 +354,9 @@ CASES = [
         "does not hold the weights of test_efficientnet"),
     bad("weights of another backbone", edit(FINAL, backbone="test_efficientnet"), "results.py",
         f"the weights in {FINAL} are not those of a test_efficientnet with 4 classes"),
-    bad("weights of other classes", [remove(TEST), edit(FINAL, classes=CLASSES[:3], class_ids=(0, 1, 2))],
-        "results.py", "are not those of a test_resnet with 3 classes"),
+    bad("weights of other classes",
+        [remove(TEST), edit(FINAL, classes=CLASSES[:3], class_ids=(0, 1, 2), counts=(4, 4, 4))], "results.py",
+        "are not those of a test_resnet with 3 classes"),
     bad("backbone that timm lacks", edit(FINAL, backbone="resnet81"), "results.py",
         "knows no backbone 'resnet81'"),
     bad("newer version", edit(TEACHER, format=FORMAT + 1, classes=None), "sar_feature.py",

@@ -93,8 +93,8 @@ def checkpoint(tmp_path_factory):
     network = Classifier("test_resnet", 2, 16).state_dict()
     whole = {
         "format": FORMAT, "stage": "pretrain", "sensor": "EO", "settings": {}, "backbone": "test_resnet",
-        "image_size": 16, "classes": ("a", "b"), "class_ids": (0, 1), "scales": (1.0,), "grey": (0.4, 0.1),
-        "data_root": "x", "val_fraction": 0.1, "model": network,
+        "image_size": 16, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
+        "scales": (1.0,), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1, "model": network,
     }  # fmt: skip
     save_checkpoint(path, whole)
     return path, path.read_bytes(), whole

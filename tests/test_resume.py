@@ -21,11 +21,11 @@ def step(self, place):
     if place == at and number:
         os.kill(os.getpid(), number)
     if place == at and not number:
-        loss_of = self.loss_of
+        loss_of = self.modules.loss_of
         def lost(step):
             loss, logits, labels = loss_of(step)
             return loss / 0, logits * float("nan"), labels
-        self.loss_of = lost
+        self.modules.loss_of = lost
     return take(self, place)
 Learner.step = step
 sys.argv = sys.argv[3:]
@@ -91,16 +91,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, t
         shutil.copy(cwd / "runs/pretrain" / name, tmp_path)
     whole = (tmp_path / "last.pt").read_bytes()
     wanted = load(tmp_path / "last.pt")
+    batch = wanted["run"]["batch"]
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    assert take_up(tmp_path, wanted, True)["run"]["step"] == wanted["run"]["step"]
+    assert take_up(tmp_path, wanted, batch, True)["run"]["step"] == wanted["run"]["step"]
     for damaged in [bytes(flipped), *(whole[: len(whole) * tenth // 10] for tenth in range(10))]:
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert take_up(tmp_path, wanted, True)["run"]["step"] < wanted["run"]["step"]
+        assert take_up(tmp_path, wanted, batch, True)["run"]["step"] < wanted["run"]["step"]
         assert "last.pt" in capsys.readouterr().out and (tmp_path / "last.damaged.pt").exists()
         assert not (tmp_path / "last.pt").exists()
     (tmp_path / "last.previous.pt").write_bytes(b"")
-    assert take_up(tmp_path, wanted, True) is None  # nothing to go on from: kept beside, anew
+    assert take_up(tmp_path, wanted, batch, True) is None  # nothing to go on from: kept beside, anew
     assert (tmp_path.parent / f"{tmp_path.name}.1/last.previous.damaged.pt").exists()
 
 
@@ -137,3 +138,31 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(pipeline, ti
     assert ".png" in process.stderr
     found, wanted = (model(cwd / out / "last.pt") for out in ("lost", "wanted"))
     assert same(found, wanted)
+
+
+def test_a_full_disk_ends_with_a_sentence_and_leaves_what_was_there(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "OUT_DIR=full"]
+    stopped("pretrain.py", cwd, 1, signal.SIGTERM, *settings)
+    before = (cwd / "full/last.pt").read_bytes()
+    process = run_python(cwd, ROOT / "pretrain.py", *settings, limit=100_000)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "pretrain.py: full/" in process.stderr and "File too large" in process.stderr
+    assert (cwd / "full/last.pt").read_bytes() == before
+    assert "goes on from step 2" in must(run_script("pretrain.py", cwd, *settings))
+    # The store, and what results.py writes.
+    process = run_python(cwd, ROOT / "pretrain.py", *settings, "STORE_DIR=full_store", limit=100_000)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert not list((cwd / "full_store").glob("*.*"))
+    before = {path: path.read_bytes() for path in (cwd / "runs/results").iterdir()}
+    process = run_python(cwd, ROOT / "results.py", "SCALES=1", limit=500)
+    assert process.returncode == 1 and "runs/results/results.csv: File too large" in process.stderr
+    assert {path: path.read_bytes() for path in (cwd / "runs/results").iterdir()} == before
+
+
+def test_what_a_killed_process_left_unfinished_is_cleared_away(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    left = cwd / "runs/pretrain/last.pt.77.part"
+    left.write_bytes(b"half")
+    must(run_script("pretrain.py", cwd, f"DATA_ROOT={tiny_demo}", "EPOCHS=2"))
+    assert not left.exists()

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 
 from data.errors import named, reason
 from models.backbone import Classifier
+from utils.files import whole_file
 from utils.settings import CheckpointError
 
 import torch
@@ -50,11 +51,21 @@ KEYS = {
     "image_size": _whole,
     "classes": lambda x: _several(_text)(x) and len(set(x)) == len(x),
     "class_ids": _several(_whole),
+    "counts": _several(_whole),
     "scales": _several(_positive),
     "grey": lambda x: _several(_positive)(x) and len(x) == 2,
     "data_root": _text,
     "val_fraction": lambda x: _positive(x) and x < 1,
     "model": _tensors,
+}
+# And what a run needs to go on.
+RUN = {
+    "learner": lambda x: isinstance(x, dict),
+    "history": lambda x: type(x) is list,
+    "best": lambda x: type(x) in (int, float),
+    "step": _whole,
+    "steps": _whole,
+    "batch": _whole,
 }
 
 
@@ -63,18 +74,13 @@ def save_checkpoint(path, checkpoint, keep=False):
 
     keep: leave the file that was there as NAME.previous.pt.
     """
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            whole = {"format": FORMAT, **checkpoint}
-            torch.save(whole | {"checksum": checksum(whole)}, file)
+    whole = {"format": FORMAT, **checkpoint}
+    with whole_file(path, "wb") as file:
+        torch.save(whole | {"checksum": checksum(whole)}, file)
+        if keep and os.path.exists(path):
             file.flush()
             os.fsync(file.fileno())
-        if keep and os.path.exists(path):
             os.replace(path, Path(path).with_suffix(".previous.pt"))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune"), whole=False):
@@ -110,11 +116,12 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         raise CheckpointError(f"{path} was written by a newer version; update this project")
     if not sound:
         raise CheckpointError(f"{path} is damaged: its checksum is wrong; make it anew: python {script}")
-    wrong = [key for key, fits in KEYS.items() if key not in checkpoint or not fits(checkpoint[key])]
-    if not wrong and len(checkpoint["class_ids"]) != len(checkpoint["classes"]):
-        wrong = ["class_ids"]
+    wrong = _wrong(checkpoint, KEYS)
+    wrong = wrong or [x for x in ("class_ids", "counts") if len(checkpoint[x]) != len(checkpoint["classes"])]
     if not wrong and not _fits(checkpoint.get("gaussians"), checkpoint["model"].get("head.weight")):
         wrong = ["gaussians"]
+    if not wrong and whole:
+        wrong = _wrong(checkpoint["run"], RUN) if isinstance(checkpoint.get("run"), dict) else ["run"]
     if wrong:
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: {named(wrong)} missing or wrong; "
@@ -176,6 +183,10 @@ def build_model(checkpoint, path="the checkpoint"):
             f"{len(checkpoint['classes'])} classes ({wrong}); run again: python {checkpoint['stage']}.py"
         ) from error
     return model.eval()
+
+
+def _wrong(found, keys):
+    return [key for key, fits in keys.items() if key not in found or not fits(found[key])]
 
 
 def _finite(tensors):

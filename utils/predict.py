@@ -2,6 +2,7 @@
 
 from data.augment import to_input, turn
 from data.store import to_device
+from utils.ranks import equal_share, gathered, rank
 from utils.settings import SettingError
 
 import torch
@@ -43,7 +44,7 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
     """Logits and features of all chips, averaged over views.
 
     The views of one scale go through the network together. Where the device's memory does not
-    take a batch, this and all further ones are halved.
+    take a batch, this and all further ones are halved. Ranks share the chips and gather the answers.
 
     Args:
         model: Classifier, on the device of the store, as it is (set eval mode before).
@@ -57,12 +58,13 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
     Returns:
         logits [N, C], features [N, D], float32 on the device.
     """
-    device = store.device
+    device, count = store.device, len(store)
+    store = store.subset(equal_share(count))
     by_scale = {scale: [view for view, other in views if other == scale] for _, scale in views}
     by_scale = {scale: torch.tensor(turns, device=device) for scale, turns in by_scale.items()}
     size = max(1, batch_size // max(map(len, by_scale.values())))
-    logits, features, start = [], [], 0
-    with tqdm(total=len(store) * len(views), desc=progress, unit=" views", disable=not progress) as bar:
+    logits, features, start, hidden = [], [], 0, not progress or rank() > 0
+    with tqdm(total=len(store) * len(views), desc=progress, unit=" views", disable=hidden) as bar:
         while start < len(store):
             chips = store[start : start + size]
             try:
@@ -79,7 +81,7 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
                 kept.append(sum(parts) / len(views))
             start += len(chips)
             bar.update(len(chips) * len(views))
-    return torch.cat(logits), torch.cat(features)
+    return tuple(gathered(torch.cat(parts), count) for parts in (logits, features))
 
 
 def _forward(model, chips, turns, size, grey):

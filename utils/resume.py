@@ -6,14 +6,37 @@ import signal
 from pathlib import Path
 
 from utils.checkpoint import checksum, load_checkpoint
-from utils.settings import CheckpointError, SettingError
+from utils.files import remove_parts
+from utils.ranks import from_first, ranks
+from utils.settings import CheckpointError, SettingError, check
 
 # Settings that change where and how a run computes, not what.
 FREE = {"OUT_DIR", "STORE_DIR", "DEVICE", "CHIP_MEMORY_GB", "COMPILE", "RESUME", "SAVE_EVERY_MIN"}
-FREE |= {"MAX_BAD_STEPS", "TEACHER", "STUDENT"}
+FREE |= {"MAX_BAD_STEPS", "TEACHER", "STUDENT", "BATCH_SIZE"}  # the last goes by its sum over the ranks
 
 
-def take_up(out_dir, checkpoint, resume):
+def chips_a_step(out_dir, settings):
+    """Chips of a step on all ranks together: BATCH_SIZE on each, or those of the run that goes on.
+
+    Args:
+        out_dir: folder of the run; settings: of the script.
+
+    Raises:
+        SettingError: they are not enough for one on each rank.
+    """
+
+    def of_run():
+        found = _newest(out_dir) if settings["RESUME"] else None
+        stopped = found and found["run"]["step"] < found["run"]["steps"]
+        same = stopped and not _changed(found["settings"], settings, FREE - {"BATCH_SIZE"})
+        return found["run"]["batch"] if same else None
+
+    batch = from_first(of_run) or settings["BATCH_SIZE"] * ranks()
+    check(batch >= ranks(), f"the run in {out_dir} has {batch} chips a step, too few for {ranks()} ranks")
+    return batch
+
+
+def take_up(out_dir, checkpoint, batch, resume):
     """The checkpoint that a run goes on from, or None where it starts anew.
 
     An earlier run that this one does not go on from is kept: its folder takes another name.
@@ -21,29 +44,19 @@ def take_up(out_dir, checkpoint, resume):
     Args:
         out_dir: folder of the run.
         checkpoint: what the run's checkpoints hold: stage, settings, "made_from".
+        batch: chips a step, on all ranks together.
         resume: False starts anew whatever is there.
 
     Raises:
         SettingError: an unfinished run with other settings is there.
     """
-    last, before = Path(out_dir, "last.pt"), Path(out_dir, "last.previous.pt")
-    if not last.exists() and not before.exists():
+    remove_parts(out_dir)
+    found = _newest(out_dir) if resume else None
+    if found is None:
+        if any(Path(out_dir).glob("last*.pt")):
+            _set_aside(out_dir)
         return None
-    found = None
-    for path in (last, before) if resume else ():
-        if not path.exists():
-            continue
-        try:
-            found = load_checkpoint(path, f"{checkpoint['stage']}.py", whole=True)
-            break
-        except CheckpointError as error:
-            damaged = path.with_suffix(".damaged.pt")
-            os.replace(path, damaged)  # or it would take the place of the one before
-            print(f"{error}. Kept as {damaged}; the one before is taken", flush=True)
-    if found is None or "run" not in found:
-        _set_aside(out_dir)
-        return None
-    changed = _differences(found, checkpoint)
+    changed = _differences(found, checkpoint, batch)
     if not changed:
         return found
     if found["run"]["step"] < found["run"]["steps"]:
@@ -60,16 +73,37 @@ def made_from(pairs, weights=None):
     return checksum([pairs.labels.tobytes(), weights])
 
 
-def _differences(found, checkpoint):
+def _newest(out_dir):
+    """The newest checkpoint that a run in out_dir can go on from; a damaged one takes another name."""
+    for path in Path(out_dir, "last.pt"), Path(out_dir, "last.previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            return load_checkpoint(path, "", whole=True)
+        except CheckpointError as error:
+            damaged = path.with_suffix(".damaged.pt")
+            os.replace(path, damaged)  # or it would take the place of the one before
+            wrong = str(error).partition(";")[0]
+            print(f"{wrong}. Kept as {damaged}; the one before is taken", flush=True)
+    return None
+
+
+def _differences(found, checkpoint, batch):
     """What would make another run of it, in words."""
     if found["stage"] != checkpoint["stage"]:
         return [f"it is one of {found['stage']}.py"]
-    then, now = found["settings"], checkpoint["settings"]
-    names = [name for name in {**then, **now} if name not in FREE and then.get(name) != now.get(name)]
-    changed = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in names]
+    changed = _changed(found["settings"], checkpoint["settings"], FREE)
+    if found["run"]["batch"] != batch:
+        changed.append(f"chips a step, BATCH_SIZE on every rank, were {found['run']['batch']}, are {batch}")
     if found.get("made_from") != checkpoint.get("made_from"):
         changed.append("it was made from other data or an other checkpoint")
     return changed
+
+
+def _changed(then, now, free):
+    """Which settings are other ones, in words."""
+    names = [name for name in {**then, **now} if name not in free and then.get(name) != now.get(name)]
+    return [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in names]
 
 
 def _set_aside(out_dir):

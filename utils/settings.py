@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from models.backbone import BackboneError
+from utils.ranks import joined
 
 
 class SettingError(ValueError):
@@ -134,7 +135,8 @@ def check(condition, sentence):
 def run(main):
     """Run a script's main(); wrong input or Ctrl-C ends it with a sentence instead of a traceback."""
     try:
-        main()
+        with joined():
+            main()
     except KeyboardInterrupt:
         print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None  # 128 + SIGINT

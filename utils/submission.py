@@ -4,6 +4,8 @@ import csv
 import zipfile
 from pathlib import Path
 
+from utils.files import whole_file
+
 
 def write_submission(out_dir, image_ids, class_ids, confidences, seconds_per_image, on_gpu, description):
     """Write results.csv, readme.txt and submission.zip into `out_dir`.
@@ -23,19 +25,20 @@ def write_submission(out_dir, image_ids, class_ids, confidences, seconds_per_ima
     out_dir.mkdir(parents=True, exist_ok=True)
     results, readme = out_dir / "results.csv", out_dir / "readme.txt"
     # Names that are no text, as Linux allows, stand there byte for byte.
-    with open(results, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole_file(results, newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "class_id", "score"])
         for image_id, class_id, score in zip(image_ids, class_ids, confidences, strict=True):
             writer.writerow([image_id, int(class_id), f"{score:.6f}"])
-    readme.write_text(
-        f"runtime per image [s] : {seconds_per_image:.6f}\n"
-        f"CPU[1] / GPU[0] : {0 if on_gpu else 1}\n"
-        "Extra Data [1] / No Extra Data [0] : 0\n"
-        f"Other description : {description}\n",
-        encoding="utf-8",
-    )
-    with zipfile.ZipFile(out_dir / "submission.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for path in (results, readme):
-            file.write(path, path.name)
+    with whole_file(readme, encoding="utf-8") as file:
+        file.write(
+            f"runtime per image [s] : {seconds_per_image:.6f}\n"
+            f"CPU[1] / GPU[0] : {0 if on_gpu else 1}\n"
+            "Extra Data [1] / No Extra Data [0] : 0\n"
+            f"Other description : {description}\n"
+        )
+    with whole_file(out_dir / "submission.zip", "wb") as whole:
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in (results, readme):
+                file.write(path, path.name)
     return out_dir / "submission.zip"

@@ -2,13 +2,16 @@
 
 import csv
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 from data.errors import named
 from utils.checkpoint import save_checkpoint
+from utils.files import whole_file
 from utils.predict import autocast
+from utils.ranks import agreed, averaging, from_first, rank, ranks, summed
 from utils.report import plot_history
 from utils.resume import stop_signals, take_up
 from utils.settings import SettingError
@@ -23,7 +26,7 @@ READ_EVERY = 10  # steps between two readings of loss and accuracy for the progr
 
 
 def choose_device(name):
-    """The device of DEVICE: "auto" is CUDA where there is one, else the CPU.
+    """The device of DEVICE: "auto" is CUDA where there is one, else the CPU; under torchrun each rank's own.
 
     On CUDA it also switches TF32 and the search for the fastest convolutions on.
     """
@@ -31,6 +34,11 @@ def choose_device(name):
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
+        if device.type == "cuda":
+            if ranks() > 1 and device.index is None:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index is not None:
+                torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"DEVICE {name} cannot be used: {str(error).splitlines()[0]}") from error
@@ -42,14 +50,14 @@ def choose_device(name):
 
 
 def fit(
-    model, loss_of, validate, *, epochs, steps, out_dir, checkpoint, resume=True, save_every_min=10.0,
-    max_bad_steps=20, chips_of=None, compiled=False, **learning,
+    model, loss_of, validate, *, epochs, steps, batch, out_dir, checkpoint, resume=True,
+    save_every_min=10.0, max_bad_steps=20, chips_of=None, compiled=False, **learning,
 ):  # fmt: skip
     """Train a classifier; after every epoch validate it and write `best.pt` and `last.pt`.
 
     Writes history.csv and curves.png as well. A run that was stopped goes on from its `last.pt` and
     ends with the weights of one that was not. The first SIGINT or SIGTERM saves and leaves at the
-    next step, the second one ends at once.
+    next step, the second one ends at once. Of several ranks the first writes and speaks.
 
     Args:
         model: Classifier on its device; parameters that require no gradient stay as they are.
@@ -57,6 +65,7 @@ def fit(
             training mode, with the random state set for the step.
         validate: model in eval mode -> {name: value}; "mean per-class accuracy" chooses the best.
         epochs, steps: number of epochs, and of steps in each.
+        batch: chips a step, on all ranks together.
         out_dir: folder of the outputs.
         checkpoint: what the checkpoints hold beside the weights.
         resume: False starts anew, and keeps an earlier run beside.
@@ -74,22 +83,24 @@ def fit(
         SystemExit: 128 + number of the signal that stopped it.
     """
     out_dir, total = Path(out_dir), epochs * steps
-    learner = Learner(model, loss_of, total, steps, **learning)
+    learner = Learner(model, loss_of, total, steps, batch, **learning)
     history, best, begin = [], -1.0, 0
-    if earlier := take_up(out_dir, checkpoint, resume):
+    if earlier := from_first(lambda: take_up(out_dir, checkpoint, batch, resume)):
         run = earlier["run"]
         learner.load_state_dict(run["learner"])
         history, best, begin = run["history"], run["best"], run["step"]
         print(f"goes on from step {begin} of {total} of the run in {out_dir}", flush=True)
-    out_dir.mkdir(parents=True, exist_ok=True)
     if compiled:
         model.backbone.compile()
 
     def save(name, step):
+        if rank():
+            return
+        out_dir.mkdir(parents=True, exist_ok=True)
         saved = checkpoint | {"epoch": len(history), "model": learner.kept.state_dict()}
         if name == "last.pt":
             run = {"learner": learner.state_dict(), "history": history, "best": best}
-            saved |= {"run": run | {"step": step, "steps": total}}
+            saved |= {"run": run | {"step": step, "steps": total, "batch": batch}}
         save_checkpoint(out_dir / name, saved, keep=name == "last.pt")
 
     def end_if_lost(in_a_row, step):
@@ -108,23 +119,30 @@ def fit(
             learner.modules.train()
             with tqdm(
                 range(first, end), initial=first - epoch * steps, total=steps,
-                desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False,
+                desc=f"epoch {epoch + 1}/{epochs}", unit=" steps", leave=False, disable=rank() > 0,
             ) as bar:  # fmt: skip
                 for step in bar:
-                    chips = learner.step(step)
-                    if step % READ_EVERY == 0 and (seen := learner.meter.read()):
-                        rate = (step + 1 - first) * chips / (time.perf_counter() - started)
-                        bar.set_postfix_str(f"loss {seen[0]:.3f} acc {seen[1]:.3f} {rate:.0f} images/s")
-                        end_if_lost(seen[3], step + 1)
-                    if received or time.monotonic() - saved_at > 60 * save_every_min:
+                    learner.step(step)
+                    stop, in_a_row = max(received, default=0), 0
+                    if step % READ_EVERY == 0:
+                        if seen := learner.meter.read():
+                            rate = (step + 1 - first) * batch / (time.perf_counter() - started)
+                            bar.set_postfix_str(f"loss {seen[0]:.3f} acc {seen[1]:.3f} {rate:.0f} images/s")
+                            in_a_row = seen[3]
+                        stop, in_a_row = agreed(stop, in_a_row)
+                    elif ranks() > 1:
+                        stop = 0  # until all know of it
+                    end_if_lost(in_a_row, step + 1)
+                    if stop or time.monotonic() - saved_at > 60 * save_every_min:
                         save("last.pt", step + 1)
                         saved_at = time.monotonic()
-                    if received:
-                        print(f"\nstopped at step {step + 1}; start again to go on", file=sys.stderr)
-                        raise SystemExit(128 + received[0])
+                    if stop:
+                        if not rank():
+                            print(f"\nstopped at step {step + 1}; start again to go on", file=sys.stderr)
+                        raise SystemExit(128 + stop)
             loss, accuracy, skipped, in_a_row = learner.meter.final()
             end_if_lost(in_a_row, end)
-            rate = (end - first) * chips / (time.perf_counter() - started)
+            rate = (end - first) * batch / (time.perf_counter() - started)
             row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy}
             row |= {"learning rate": learner.schedule.get_last_lr()[0], "images/s": rate}
             found = validate(learner.kept.eval())
@@ -133,7 +151,8 @@ def fit(
             if better := found["mean per-class accuracy"] >= best:  # of equals the later, better trained
                 best = found["mean per-class accuracy"]
                 save("best.pt", end)
-            _write_history(out_dir / "history.csv", history)
+            if not rank():
+                _write_history(out_dir / "history.csv", history)
             save("last.pt", end)  # at the end: a run that goes on from it does not write the others again
             values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(
@@ -142,7 +161,8 @@ def fit(
                 + (f"; {skipped} steps without a finite loss left out" if skipped else ""),
                 flush=True,
             )
-    plot_history(out_dir / "curves.png", history)
+    if not rank():
+        plot_history(out_dir / "curves.png", history)
     return history
 
 
@@ -155,6 +175,7 @@ class Learner:
     Args:
         model, loss_of: as in `fit`.
         total, steps: number of steps, and of those in an epoch.
+        batch: chips a step, on all ranks together.
         learning_rate: at the peak of the schedule.
         weight_decay: of AdamW.
         warmup_epochs: epochs of linear rise, may be a fraction.
@@ -165,18 +186,19 @@ class Learner:
     """
 
     def __init__(
-        self, model, loss_of, total, steps, *, learning_rate, weight_decay, seed, warmup_epochs=0.0,
-        clip=0.0, ema=0.0, also_trained=(),
+        self, model, loss_of, total, steps, batch, *, learning_rate, weight_decay, seed,
+        warmup_epochs=0.0, clip=0.0, ema=0.0, also_trained=(),
     ):  # fmt: skip
-        self.model, self.loss_of, self.seed, self.clip = model, loss_of, seed, clip or math.inf
+        self.model, self.batch, self.seed, self.clip = model, batch, seed, clip or math.inf
         self.device = next(model.parameters()).device
-        self.modules = nn.ModuleList([model, *also_trained])
+        self.modules = _Trained(loss_of, [model, *also_trained])
         groups = param_groups_weight_decay(self.modules, weight_decay)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         rise = _warmup_cosine(total, round(warmup_epochs * steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rise)
-        self.meter, self.average = _Meter(self.device), None
+        self.meter, self.average = _Meter(self.device, batch), None
+        self.forward = averaging(self.modules)
         if ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self.kept = self.average.module if ema else model  # what is validated and saved
@@ -187,16 +209,19 @@ class Learner:
         self.parts = {name: getattr(self, name) for name in names}
 
     def step(self, number):
-        """Take the step of this number; returns the number of its chips."""
+        """Take the step of this number."""
         # Own random numbers for each step, so that a run goes on the same wherever it was stopped.
         _seed(self.device, self.seed * 1_000_003 + number)
         before = [buffer.clone() for buffer in self.buffers]
         with autocast(self.device):
-            loss, logits, labels = self.loss_of(number)
+            loss, logits, labels = self.forward(number)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        share = len(labels) / self.batch  # of this rank; the gradient is the ranks' mean
+        (loss * (share * ranks())).backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        bad = ~(loss.detach().isfinite() & norm.isfinite())
+        right = (logits.detach().argmax(1) == labels).sum()
+        seen = summed(torch.stack([loss.detach().float() * share, right.float()]))
+        bad = ~(seen[0].isfinite() & norm.isfinite())
         self.optimizer.found_inf = bad.float()  # with 1 the fused step leaves all as it is
         self.optimizer.step()
         for buffer, old in zip(self.buffers, before, strict=True):
@@ -204,8 +229,7 @@ class Learner:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.meter.add(loss, logits, labels, bad)
-        return len(labels)
+        self.meter.add(seen, bad)
 
     def state_dict(self):
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -213,6 +237,17 @@ class Learner:
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+class _Trained(nn.ModuleList):
+    """The trained modules; called with the number of a step it gives what loss_of does."""
+
+    def __init__(self, loss_of, modules):
+        super().__init__(modules)
+        self.loss_of = loss_of
+
+    def forward(self, number):
+        return self.loss_of(number)
 
 
 def announce(out_dir, then):
@@ -241,21 +276,22 @@ def _warmup_cosine(total, warmup):
 class _Meter:
     """Loss, accuracy and bad steps of an epoch, summed on the device and read without waiting for it."""
 
-    def __init__(self, device):
+    def __init__(self, device, batch):
         self.sums = torch.zeros(4, device=device)  # loss, right, good steps, bad steps in a row
+        self.batch = batch
         self.reset()
 
     def reset(self):
         """Start over; the bad steps in a row go on."""
         self.sums[:3] = 0
-        self.steps, self.batch, self.copy = 0, 1, None
+        self.steps, self.copy = 0, None
 
-    def add(self, loss, logits, labels, bad):
-        right = (logits.detach().argmax(1) == labels).sum()
-        sums = torch.stack([loss.detach().float(), right.float(), torch.ones_like(bad, dtype=torch.float32)])
-        self.sums[:3] += torch.where(bad, 0.0, sums)
+    def add(self, seen, bad):
+        """Of a step: loss and number of right chips, [2]; whether it was left out, []."""
+        self.sums[:2] += torch.where(bad, 0.0, seen)
+        self.sums[2] += ~bad
         self.sums[3] = (self.sums[3] + 1) * bad
-        self.steps, self.batch = self.steps + 1, len(labels)
+        self.steps += 1
 
     def read(self):
         """As `final`, of an earlier step; None the first time; starts the next copy to the host."""
@@ -274,11 +310,11 @@ class _Meter:
         return self._means(self.sums, self.steps)
 
     def state_dict(self):
-        return {"sums": self.sums, "steps": self.steps, "batch": self.batch}
+        return {"sums": self.sums, "steps": self.steps}
 
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
-        self.steps, self.batch = state["steps"], state["batch"]
+        self.steps = state["steps"]
 
     def _means(self, sums, steps):
         loss, right, good, in_a_row = sums.tolist()
@@ -287,7 +323,7 @@ class _Meter:
 
 
 def _write_history(path, history):
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()
         writer.writerows(history)

@@ -1,7 +1,7 @@
 """How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
 
 from data.errors import DataError
-from data.store import open_store, place_stores
+from data.store import open_store, place_stores, unreadable
 from utils.metrics import class_mean_accuracy
 from utils.predict import predict
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-def validation(checkpoint, store, labels, held_out, labelled, store_dir):
+def validation(checkpoint, store, labels, held_out, labelled, store_dir, skip_bad=False):
     """A function that scores a model: {"accuracy", "mean per-class accuracy"}.
 
     Args:
@@ -17,11 +17,13 @@ def validation(checkpoint, store, labels, held_out, labelled, store_dir):
         store: ChipStore of the training pairs' chips of the stage's sensor.
         labels: [N] of the pairs; held_out: indices of those that are not trained on.
         labelled: `data.layouts.Labelled` chips, whose known ones are used instead; or None.
-        store_dir: where decoded chips are kept.
+        store_dir, skip_bad: of `data.store.open_store`.
     """
     if labelled is not None and not labelled.ood.all():
-        (store,) = place_stores(store.device, 0.0, open_store(labelled.paths, store_dir))
-        held_out, labels = np.flatnonzero(~labelled.ood), labelled.labels
+        chips = open_store(labelled.paths, store_dir, skip_bad)
+        (store,) = place_stores(store.device, 0.0, chips)
+        held_out = np.setdiff1d(np.flatnonzero(~labelled.ood), unreadable(chips))
+        labels = labelled.labels
     store, truth = store.subset(held_out), labels[held_out]
     if not len(truth):
         raise DataError("no class has two chips, so none is left to validate on; add chips")

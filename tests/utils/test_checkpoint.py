@@ -13,7 +13,7 @@ def checkpoint():
     return {
         "format": FORMAT, "stage": "pretrain", "sensor": "EO", "settings": {"EPOCHS": 1, "SCALES": (1.0,)},
         "backbone": "test_resnet", "image_size": 32, "classes": ("a", "b"), "class_ids": (0, 1),
-        "scales": (1.0,), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
+        "counts": (5, 3), "scales": (1.0,), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
         "model": Classifier("test_resnet", 2, 32).state_dict(),
     }  # fmt: skip
 

@@ -1,0 +1,198 @@
+"""Several ranks do together what one process would do alone with as many chips a step."""
+
+import csv
+import shutil
+
+from data.augment import jitter, speckle
+from data.feed import Feed
+from data.sampler import BalancedStream, WeightedStream
+from tests.conftest import ROOT, load, must, run_ranks, run_script
+
+import numpy as np
+import pytest
+import torch
+
+# Two ranks with half a batch of batch norm each, and whether their weights are the same.
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import nn
+from utils.ranks import agreed, averaging, equal_share, from_first, gathered, joined, rank
+with joined():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    images, wanted = torch.randn(6, 1, 9, 9) + 3, torch.randn(6, 2, 5, 5)
+    rows = [slice(0, 4), slice(4, 6)][rank()]
+    both = averaging(model)
+    share = len(images[rows]) / 6
+    (((both(images[rows]) - wanted[rows]) ** 2).mean() * share * 2).backward()
+    told = [None, None]
+    kept = [p.grad for p in model.parameters()] + list(model.buffers())
+    dist.all_gather_object(told, [x.tolist() for x in kept])
+    assert told[0] == told[1]
+    assert agreed(rank(), 5 - rank()) == (1, 5) and from_first(lambda: rank() + 7) == 7
+    assert gathered(torch.from_numpy(equal_share(5)), 5).tolist() == [0, 1, 2, 3, 4]
+    if rank() == 0:
+        torch.save(kept, sys.argv[1])
+"""
+
+
+def test_gradients_and_batch_statistics_are_those_of_the_whole_batch(tmp_path):
+    from timm.layers import BatchNormAct2d
+    from torch import nn
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    must(run_ranks(2, tmp_path / "worker.py", tmp_path, tmp_path / "kept.pt"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    images, wanted = torch.randn(6, 1, 9, 9) + 3, torch.randn(6, 2, 5, 5)
+    ((model(images) - wanted) ** 2).mean().backward()
+    kept = [p.grad for p in model.parameters()] + list(model.buffers())
+    for found, expected in zip(load(tmp_path / "kept.pt"), kept, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", [WeightedStream, BalancedStream])
+def test_ranks_draw_together_what_one_process_draws(kind, ranks):
+    labels = np.repeat([0, 1, 2], [50, 20, 3])
+    options = (0.5, 7) if kind is WeightedStream else (7,)
+    stream, members = kind(labels, 16, *options), np.arange(73)[::-1].copy()
+    whole = Feed(stream, members, labels, torch.device("cpu"))
+    parts = [Feed(stream, members, labels, torch.device("cpu"), part=(i, ranks)) for i in range(ranks)]
+    for step in range(40):
+        drawn = zip(*(part.draw(step) for part in parts), strict=True)
+        for one, several in zip(whole.draw(step), drawn, strict=True):
+            assert (np.concatenate(several) == one).all()
+        assert parts[0].names(range(73), step) == list(whole.draw(step)[0])
+
+
+def test_ranks_augment_as_one_process_does():
+    images = torch.randn(10, 1, 5, 5)
+
+    def noisy(images, rows=None):
+        torch.manual_seed(3)
+        return jitter(speckle(images, 0.1, 0.4, 0.2, rows), 0.3, rows)
+
+    parts = [noisy(images[rows], (rows, 10)) for rows in (slice(0, 3), slice(3, 10))]
+    assert torch.equal(torch.cat(parts), noisy(images))
+
+
+def test_two_ranks_train_and_predict_as_one_process(tiny_demo, tmp_path):
+    """With batch norm over both; a few steps, since rounding grows with them."""
+    settings = {
+        "pretrain.py": [f"DATA_ROOT={tiny_demo}", "EPOCHS=1"],
+        "sar_feature.py": ["EPOCHS=1", "FEATURE_WEIGHT=1"],
+        "finetune.py": ["EPOCHS=2"],
+    }
+    for script, mine in settings.items():
+        must(run_script(script, tmp_path, *mine, "BATCH_SIZE=32"))
+        said = must(run_ranks(2, script, tmp_path, *mine, "BATCH_SIZE=16", "OUT_DIR=two"))
+        assert said.count("epoch 1/") == 1  # the first rank alone speaks
+        found, wanted = (weights(tmp_path / out) for out in ("two", f"runs/{script[:-3]}"))
+        print(script, (found - wanted).norm() / wanted.norm())
+        assert (found - wanted).norm() < 1e-3 * wanted.norm(), script
+        shutil.rmtree(tmp_path / "two")
+    must(run_script("results.py", tmp_path, "REPORT=False"))
+    must(run_ranks(2, "results.py", tmp_path, "REPORT=False", "OUT_DIR=two"))
+    one, two = (read(tmp_path / out / "results.csv") for out in ("runs/results", "two"))
+    assert [row[:2] for row in one] == [row[:2] for row in two] and len(one) > 50
+
+
+def weights(folder):
+    """All weights of the last checkpoint in one row."""
+    state = load(folder / "last.pt")["model"]
+    return torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+# A script that tells a hash of each rank's weights at its end.
+HASHED = """
+import runpy, sys
+import torch.distributed as dist
+import utils.training
+from utils.checkpoint import checksum
+fit = utils.training.fit
+def told(model, *rest, **options):
+    found = fit(model, *rest, **options)
+    all_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, checksum(model.state_dict()))
+    print("hashes", *all_ranks)
+    return found
+utils.training.fit = told
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_ranks_weights_are_the_same_bit_for_bit_and_another_number_goes_on(tiny_demo, tmp_path):
+    (tmp_path / "hashed.py").write_text(HASHED)
+    settings = [f"DATA_ROOT={tiny_demo}", "BATCH_SIZE=8", "EPOCHS=2", "SPECKLE=0.1"]
+    out = must(run_ranks(3, tmp_path / "hashed.py", tmp_path, ROOT / "pretrain.py", *settings))
+    hashes = next(line for line in out.splitlines() if line.startswith("hashes")).split()[1:]
+    assert len(hashes) == 3 and len(set(hashes)) == 1
+    # Stopped within the first epoch on two ranks, it goes on with one, and ends as without a stop.
+    stop = write(tmp_path / "stop.py", STOPPED.format(after=2))
+    process = run_ranks(2, stop, tmp_path, ROOT / "pretrain.py", *settings, "OUT_DIR=a")
+    assert process.returncode and "stopped at step" in process.stderr
+    resumed = must(run_script("pretrain.py", tmp_path, *settings, "OUT_DIR=a"))
+    assert "goes on from step" in resumed and load(tmp_path / "a/last.pt")["run"]["batch"] == 16
+    must(run_script("pretrain.py", tmp_path, *settings[:1], "BATCH_SIZE=16", *settings[2:], "OUT_DIR=b"))
+    found, wanted = (load(tmp_path / out / "last.pt") for out in "ab")
+    assert found["epoch"] == wanted["epoch"] == 2
+    assert found["run"]["steps"] == wanted["run"]["steps"]
+
+
+# One of the ranks gets a signal; all leave at the same step.
+STOPPED = """
+import os, runpy, signal, sys
+from utils.ranks import rank
+from utils.training import Learner
+take = Learner.step
+def step(self, number):
+    if number == {after} and rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take(self, number)
+Learner.step = step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+# An error of the second rank alone, while the first waits for it.
+FAILING = """
+import runpy, sys
+from utils.ranks import rank
+import utils.validation
+from data.errors import DataError
+def fails(*rest):
+    def validate(model):
+        if rank() == 1:
+            raise DataError("chip 7 of rank 1 is gone")
+        return before(*rest)(model)
+    before = utils.validation.found
+    return validate
+utils.validation.found, utils.validation.validation = utils.validation.validation, fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_one_ranks_error_ends_all_with_its_message(tiny_demo, tmp_path):
+    script = write(tmp_path / "failing.py", FAILING)
+    process = run_ranks(2, script, tmp_path, ROOT / "pretrain.py", f"DATA_ROOT={tiny_demo}", "EPOCHS=1")
+    assert process.returncode and process.stderr.count("chip 7 of rank 1 is gone") == 1
+    # The same error of all ranks is told once.
+    process = run_ranks(2, "pretrain.py", tmp_path, "DATA_ROOT=nowhere")
+    assert process.returncode and process.stderr.count("nowhere") == 1, process.stderr
