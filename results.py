@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
-from data.store import open_store, place_stores
+from data.store import open_store, place_stores, unreadable
 from utils.checkpoint import build_model, load_checkpoint
 from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
 from utils.metrics import scores, undefined
 from utils.predict import IDENTITY, predict, scaled, tta_views
-from utils.report import forget_scores, save_scores, table
+from utils.ranks import rank
+from utils.report import Found, forget_scores, save_scores, table, write_report
 from utils.settings import check, check_values, read_settings, run
 from utils.submission import write_submission
 from utils.training import choose_device
@@ -27,6 +28,7 @@ DATA_ROOT = ""  # folder of the data set; empty: the checkpoint's
 TEST_DIR = ""  # folder of chips to predict; empty: the data set's test folder
 OUT_DIR = "runs/results"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
+SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 BATCH_SIZE = 256  # inputs in one forward pass
 ROTATIONS = (0, 90, 180, 270)  # degrees, of the views, each also flipped; (0,) with flip only
 SCALES = (0.875, 1.0, 1.125)  # of the views, relative to the input size; best those trained on
@@ -38,6 +40,7 @@ VOTE = "hard"  # "hard" counts labels, "soft" sums probabilities
 VOTE_MIN_SHARE = 0.0  # a cluster whose winner has a smaller share of the vote stays as it is
 ENERGY = "features"  # confidence from the "logits" of the head, or from Gaussians of "features"
 ENERGY_TEMPERATURE = 1.0  # T of the energy
+REPORT = True  # True writes report.html, with pictures of what was predicted
 CLUSTER_SCORE = "mean"  # confidence of a chip: "none" its own, "mean" its cluster's, or "logits"
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
@@ -45,7 +48,8 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 
 def main():
-    check_values(read_settings(globals()))
+    settings = read_settings(globals())
+    check_values(settings)
     check(ENERGY in ("logits", "features"), f"ENERGY is logits or features, not {ENERGY!r}")
     check(
         CLUSTER_SCORE in ("none", "mean", "logits"),
@@ -70,7 +74,11 @@ def main():
     truth = read_labelled(paths, reference, source["classes"]) if reference else None
     model = build_model(source, CHECKPOINT).to(device, memory_format=torch.channels_last)
     model.check_sizes({scaled(source["image_size"], scale) for _, scale in views})
-    (store,) = place_stores(device, CHIP_MEMORY_GB, open_store(paths, STORE_DIR))
+    chips = open_store(paths, STORE_DIR, SKIP_BAD)
+    good = np.setdiff1d(np.arange(len(paths)), unreadable(chips))
+    paths, names = [paths[i] for i in good], [names[i] for i in good]
+    truth = truth and truth.subset(good)
+    store = place_stores(device, CHIP_MEMORY_GB, chips)[0].subset(good)
     if COMPILE:
         model.backbone.compile()
 
@@ -80,9 +88,15 @@ def main():
             return logits
         return log_densities(features, {k: v.to(device) for k, v in source["gaussians"].items()})
 
-    started = time.perf_counter()
+    def confidence_of(logits, features):
+        return confidence(energy_logits(logits, features), ENERGY_TEMPERATURE).cpu().numpy()
+
     see = (model, store, source["image_size"], source["grey"])
+    alone, features_alone = predict(*see, IDENTITY, BATCH_SIZE)
+    started = time.perf_counter()
     logits, features = predict(*see, views, BATCH_SIZE, progress="predict")
+    if rank():
+        return  # the first rank has all answers, and does the rest
     densities = energy_logits(logits, features)
     clusters = cluster_chips(features.cpu().numpy(), names, CLUSTER_BY, CLUSTERS, SEQUENCE_GAP)
     labels = vote(logits.cpu().numpy(), clusters, VOTE, VOTE_MIN_SHARE)
@@ -102,20 +116,25 @@ def main():
         OUT_DIR, image_ids(paths), ids, score, seconds, device.type == "cuda", described
     )
     print(f"{len(paths)} chips, {clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
-    forget_scores(Path(OUT_DIR))  # those of an earlier run do not belong to this submission
+    forget_scores(Path(OUT_DIR))
+    stages = {
+        "one view": (alone.argmax(1).cpu().numpy(), confidence_of(alone, features_alone)),
+        "+ TTA": (logits.argmax(1).cpu().numpy(), own),
+        "+ vote": (labels, own),
+        "+ cluster score": (labels, score),
+    }
+    centres = source["gaussians"]["mean"].to(features) if "gaussians" in source else None
+    found = Found(
+        source["classes"], settings, stages, logits.softmax(1).cpu().numpy(), clusters,
+        features.cpu().numpy(), lambda chosen: store[chosen].cpu().numpy(), seconds, source["counts"],
+        None if centres is None else torch.cdist(features, centres).argsort(1).cpu().numpy(), truth,
+    )  # fmt: skip
     if truth is not None:
-        alone, features_alone = predict(*see, IDENTITY, BATCH_SIZE)
-        own_alone = confidence(energy_logits(alone, features_alone), ENERGY_TEMPERATURE).cpu().numpy()
-        tta = logits.argmax(1).cpu().numpy()
-        stages = {
-            "one view": (alone.argmax(1).cpu().numpy(), own_alone),
-            "+ TTA": (tta, own),
-            "+ vote": (labels, own),
-            "+ cluster score": (labels, score),
-        }
         steps = {name: scores(*stage, truth.labels, truth.ood) for name, stage in stages.items()}
         print(table(steps, list(steps["one view"])) + undefined(truth.ood))
-        save_scores(Path(OUT_DIR), steps, labels, truth.labels, truth.ood, source["classes"])
+        save_scores(Path(OUT_DIR), found, steps)
+    if REPORT:
+        write_report(Path(OUT_DIR), found)
     print(f"written: {archive} and, beside it, what it holds{' and the scores' if truth else ''}")
 
 

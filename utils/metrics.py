@@ -49,3 +49,30 @@ def class_mean_accuracy(predicted, labels):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
         return float(balanced_accuracy_score(labels, predicted))
+
+
+def intervals(predicted, confidence, labels, ood, groups, resamples=500):
+    """95 % intervals of the scores, by a bootstrap over groups of chips that stand or fall together.
+
+    Args:
+        predicted, confidence, labels, ood: of `scores`.
+        groups: [N] ids, 0..K-1, such as the clusters that voted.
+        resamples: number of them; where a score is undefined, they count for the others.
+
+    Returns:
+        {score: (low, high)}.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals.
+    """
+    random = np.random.default_rng(0)
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    found = []
+    for _ in range(resamples):
+        drawn = random.integers(len(members), size=len(members))
+        chips = np.concatenate([members[group] for group in drawn])
+        found.append(scores(predicted[chips], confidence[chips], labels[chips], ood[chips]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice")
+        return {
+            name: tuple(np.nanquantile([one[name] for one in found], (0.025, 0.975))) for name in found[0]
+        }
