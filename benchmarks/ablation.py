@@ -1,120 +1,370 @@
-"""What each step of the method brings: mean and spread over seeds, on any data root.
+"""What each part of the method brings: mean and spread over seeds, on any data root.
 
 python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2]
 
-Runs the plain SAR baseline (cross-entropy, chips drawn as they are, one view, no vote), then adds
-one step at a time. Every row that trains a SAR network takes the same number of optimizer steps.
-Started again, it goes on after the networks that it finished. Prints a Markdown table and keeps
-it, with the figure of every seed, in OUT_DIR.
+Trains what the rows need: every SAR network takes the same number of optimizer steps and starts
+from the same seed, and each row differs from the scripts' defaults in what it names alone. Started
+again, it goes on after what it has finished. Prints Markdown tables and keeps them in OUT_DIR, with
+the figures of every seed (ablation.csv) and a picture (ablation.png).
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data.demo import ensure_demo  # noqa: E402
+from data.layouts import find_chips, find_pairs, find_reference, find_test, read_labelled  # noqa: E402
+from data.sampler import few_of_each, stratified_split  # noqa: E402
+from data.store import ChipStore, open_store  # noqa: E402
+from utils.checkpoint import build_model, load_checkpoint  # noqa: E402
+from utils.cluster import cluster_chips, vote  # noqa: E402
+from utils.energy import cluster_mean, confidence, log_densities  # noqa: E402
+from utils.metrics import scores  # noqa: E402
+from utils.predict import IDENTITY, predict, tta_views  # noqa: E402
 from utils.settings import read_settings, run  # noqa: E402
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from sklearn.neighbors import NearestNeighbors  # noqa: E402
 
 DATA_ROOT = "datasets/demo"  # folder of the data set
 TEST_DIR = ""  # labelled chips to predict; empty: the data set's test folder
-BACKBONE = "test_resnet"  # of all rows
+BACKBONE = "test_resnet"  # of all networks
 EPOCHS = 0  # of the EO and of each SAR network; 0 = the scripts' defaults
 SEEDS = (0, 1, 2)  # one run of everything for each
 JOBS = 2  # seeds that run at the same time, each on its share of the cores
-OUT_DIR = "runs/ablation"  # one folder a seed, and the table
+OUT_DIR = "runs/ablation"  # one folder a seed, and the tables
+ROWS = ()  # first words of the groups that are asked for; empty: all
 
 COLUMNS = ("accuracy", "mean per-class accuracy", "AUROC", "total")
+NEIGHBOURS = 10  # of the score by nearest neighbours
+SCALES = (0.875, 1.0, 1.125)
+TURNS = (0, 90, 180, 270)
+
+# Folder of a network, script, and how it differs from the scripts' defaults.
+PLAIN, SCRATCH, TEACHER, STUDENT, HEAD = "plain", "scratch", "teacher", "student", "head"
+NETWORKS = {
+    PLAIN: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1"),
+    SCRATCH: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1"),
+    TEACHER: ("pretrain.py",),
+    STUDENT: ("sar_feature.py",),
+    HEAD: ("finetune.py",),
+    "cross_entropy": ("sar_feature.py", "GAMMA=0"),
+    "as_they_are": ("sar_feature.py", "BALANCE=0"),
+    "balanced": ("sar_feature.py", "BALANCE=1"),
+    "no_kl": ("sar_feature.py", "KL_WEIGHT=0"),
+    "kl_alone": ("sar_feature.py", "LABEL_WEIGHT=0"),
+    "kl_on_features": ("sar_feature.py", "FEATURE_WEIGHT=1"),
+    "head_as_they_are": ("finetune.py", "BALANCED=False"),
+    "head_no_kl": ("finetune.py",),
+}
+# Which network a later stage starts from, where it is not the one of the defaults.
+SOURCES = {"head_no_kl": "no_kl"}
 
 
 def main():
     read_settings(globals())
-    # Written before the seeds start side by side, and would all write it.
-    from data.demo import ensure_demo
-
-    ensure_demo(DATA_ROOT)
+    ensure_demo(DATA_ROOT)  # before the seeds start side by side
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // JOBS))
     with ThreadPoolExecutor(JOBS) as pool:
         found = list(pool.map(one_seed, SEEDS))
-    table = ["| step | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    with open(Path(OUT_DIR) / "ablation.csv", "w", newline="", encoding="utf-8") as file:
+    text, picture = [f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}.\n"], []
+    with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "seed", *COLUMNS])
-        for name in found[0]:
-            values = np.array([[rows[name][column] for column in COLUMNS] for rows in found])
-            writer.writerows([name, seed, *row] for seed, row in zip(SEEDS, values, strict=True))
-            spread = values.std(0, ddof=1) if len(SEEDS) > 1 else np.zeros(len(COLUMNS))
-            cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(0), spread, strict=True)]
-            table.append(f"| {name} | " + " | ".join(cells) + " |")
-    text = "\n".join(table) + "\n"
-    (Path(OUT_DIR) / "ablation.md").write_text(text, encoding="utf-8")
-    print(f"mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}\n{text}")
+        writer.writerow(["group", "row", "seed", *COLUMNS])
+        for group, rows in found[0].items():
+            text += [f"| {group} | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+            for name in rows:
+                values = np.array([[one[group][name][c] for c in COLUMNS] for one in found], float)
+                writer.writerows([group, name, seed, *row] for seed, row in zip(SEEDS, values, strict=True))
+                mean, spread = values.mean(0), values.std(0, ddof=int(len(SEEDS) > 1))
+                cells = (f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
+                text.append(f"| {name} | {' | '.join(cells)} |")
+                picture.append((group, name, mean, spread))
+            text.append("")
+    Path(OUT_DIR, "ablation.md").write_text("\n".join(text), encoding="utf-8")
+    draw(picture)
+    print("\n".join(text))
 
 
 def one_seed(seed):
-    """{step: {column: score}} of one seed, each step on top of those before it."""
-    out = Path(OUT_DIR) / f"seed{seed}"
-    shared = [f"SEED={seed}"]
-    epochs = [f"EPOCHS={EPOCHS}"] if EPOCHS else []
-    # The baseline takes as many optimizer steps as sar_feature.py, whose default may differ.
-    sar_epochs = epochs or [f"EPOCHS={default_epochs('sar_feature.py')}"]
-    eo = [f"DATA_ROOT={DATA_ROOT}", f"BACKBONE={BACKBONE}", *shared]
-    sar = [*eo, "SENSOR=SAR", "SPECKLE=0.1", *sar_epochs]
-    train("pretrain.py", *sar, "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1", f"OUT_DIR={out}/plain")
-    train("pretrain.py", *sar, f"OUT_DIR={out}/focal")
-    train("pretrain.py", *eo, *epochs, f"OUT_DIR={out}/pretrain")
-    train("sar_feature.py", f"TEACHER={out}/pretrain/best.pt", *epochs, *shared, f"OUT_DIR={out}/sar_feature")
-    train("finetune.py", f"STUDENT={out}/sar_feature/best.pt", *shared, f"OUT_DIR={out}/finetune")
+    """{group: {row: {column: score}}} of one seed."""
+    out = Path(OUT_DIR, f"seed{seed}")
+    done = out / "scores.json"
+    found = json.loads(done.read_text()) if done.exists() else {}
+    test = Test(out)
+    for group, measure in GROUPS.items():
+        if group not in found and (not ROWS or group.startswith(tuple(ROWS))):
+            found[group] = measure(out, seed, test)
+            out.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps(found, indent=1))
+    return found
 
-    single = ("TTA=False", "CLUSTER_BY=none", "ENERGY=logits", "CLUSTER_SCORE=none")
+
+# The groups: each gives {row: {column: score}}.
+
+
+def step_by_step(out, seed, test):
     rows = {
-        "plain SAR baseline": score(out, "plain", *single)["one view"],
-        "+ focal loss, weighted sampling, scales": score(out, "focal", *single)["one view"],
-        "+ distillation from EO": score(out, "sar_feature", *single)["one view"],
+        "plain SAR baseline": test.one_view(trained(out, seed, PLAIN)),
+        "+ focal loss, weighted sampling, scales": test.one_view(trained(out, seed, SCRATCH)),
+        "+ distillation from EO": test.one_view(trained(out, seed, STUDENT)),
     }
-    logits = score(out, "finetune", "ENERGY=logits", "CLUSTER_SCORE=none")
-    rows["+ class-balanced head"] = logits["one view"]
-    rows["+ test-time augmentation"] = logits["+ TTA"]
-    rows["+ cluster vote"] = logits["+ vote"]
-    features = score(out, "finetune")
-    rows["+ energy on Gaussian features"] = features["+ vote"]
-    rows["+ cluster score (all of results.py)"] = features["+ cluster score"]
+    head = test.seen(trained(out, seed, HEAD))
+    rows["+ class-balanced head"] = test.one_view(head.path)
+    rows["+ test-time augmentation"] = test.score(head.labels, head.energy)
+    labels = vote(head.logits, head.clusters)
+    rows["+ cluster vote"] = test.score(labels, head.energy)
+    rows["+ energy on Gaussian features"] = test.score(labels, head.density)
+    together = cluster_mean(head.density, head.clusters)
+    rows["+ cluster score (all of results.py)"] = test.score(labels, together)
     return rows
 
 
-def train(script, *settings):
-    """Run a script in a process of its own, with its share of the cores, unless it has ended before."""
-    where = next(s for s in settings if s.startswith("OUT_DIR=")).removeprefix("OUT_DIR=")
-    if (Path(where) / "curves.png").exists():
-        return
-    threads = str(max(1, (os.cpu_count() or 1) // JOBS))
-    found = subprocess.run(
-        [sys.executable, str(ROOT / script), *settings],
-        env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True,
-    )  # fmt: skip
-    if found.returncode:
-        raise SystemExit(f"{script} {' '.join(settings)} failed:\n{found.stderr}")
-    print(f"done: {script} {' '.join(settings)}", flush=True)
+def one_step_less(out, seed, test):
+    """The whole pipeline, and without one of its steps."""
+
+    def whole(path, views=None, by="both", density=True):
+        seen = test.seen(path, views)
+        clusters = seen.cluster(by)
+        own = seen.density if density else seen.energy
+        return test.score(vote(seen.logits, clusters), cluster_mean(own, clusters))
+
+    head = trained(out, seed, HEAD)
+    return {
+        "all of it": whole(head),
+        "without KL": whole(trained(out, seed, "head_no_kl")),
+        "without the head's training": whole_of_student(test, trained(out, seed, STUDENT), head),
+        "without views": whole(head, IDENTITY),
+        "without the vote": whole(head, by="none"),
+        "without Gaussian features": whole(head, density=False),
+    }
 
 
-def score(out, stage, *settings):
-    """{step of results.py: {column: score}} for the checkpoint of a stage."""
-    where = out / f"results_{stage}_{len(settings)}"
-    test = [f"TEST_DIR={TEST_DIR}"] if TEST_DIR else []
-    train("results.py", f"CHECKPOINT={out}/{stage}/best.pt", f"OUT_DIR={where}", *test, *settings)
-    with open(where / "steps.csv", encoding="utf-8") as file:
-        return {row["step"]: {c: float(row[c]) for c in COLUMNS} for row in csv.DictReader(file)}
+def whole_of_student(test, student, head):
+    """As the whole pipeline, with the student's own head; the Gaussians are of the same features."""
+    seen, finished = test.seen(student), test.seen(head)
+    clusters = finished.clusters
+    return test.score(vote(seen.logits, clusters), cluster_mean(finished.density, clusters))
 
 
-def default_epochs(script):
-    """The constant EPOCHS of a script."""
+def losses(out, seed, test):
+    names = {
+        "focal loss, BALANCE=0.5": STUDENT, "cross-entropy": "cross_entropy",
+        "BALANCE=0": "as_they_are", "BALANCE=1": "balanced",
+    }  # fmt: skip
+    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+
+
+def transfer(out, seed, test):
+    names = {
+        "SAR from scratch": SCRATCH, "from the EO weights, no KL": "no_kl", "KL alone": "kl_alone",
+        "KL and labels": STUDENT, "KL on features too": "kl_on_features",
+    }  # fmt: skip
+    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+
+
+def heads(out, seed, test):
+    names = {
+        "the student's": STUDENT, "trained, classes equally often": HEAD,
+        "trained, chips as they are": "head_as_they_are",
+    }  # fmt: skip
+    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+
+
+def views(out, seed, test):
+    kinds = {
+        "one": IDENTITY, "flip": tta_views((0,), (1.0,)), "flip, rotations": tta_views(TURNS, (1.0,)),
+        "scales": tuple((0, scale) for scale in SCALES), "flip, rotations, scales": tta_views(TURNS, SCALES),
+    }  # fmt: skip
+    head = trained(out, seed, HEAD)
+    rows = {}
+    for name, chosen in kinds.items():
+        seen = test.seen(head, chosen)
+        rows[name] = test.score(seen.labels, seen.energy)
+    return rows
+
+
+def votes(out, seed, test):
+    head = test.seen(trained(out, seed, HEAD))
+    count = len(head.labels)
+    rows = {"none": test.score(head.labels, head.energy)}
+    for share in (20, 10, 5, 3):
+        clusters = head.cluster("features", max(1, count // share))
+        rows[f"features, a cluster for {share} chips"] = test.score(vote(head.logits, clusters), head.energy)
+    for by in ("sequence", "both"):
+        rows[by] = test.score(vote(head.logits, head.cluster(by)), head.energy)
+    rows["both, soft"] = test.score(vote(head.logits, head.clusters, "soft"), head.energy)
+    return rows
+
+
+def confidences(out, seed, test):
+    """Each score of a chip alone, and as the mean of its cluster."""
+    head = test.seen(trained(out, seed, HEAD))
+    logits = torch.from_numpy(head.logits)
+    known, labels = head.training_features()
+    near = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(known))).fit(unit(known))
+    gaussians = {name: value.numpy() for name, value in head.source["gaussians"].items()}
+    white = np.linalg.cholesky(gaussians["precision"])
+    centres = NearestNeighbors(n_neighbors=1).fit(gaussians["mean"] @ white)
+    own = {
+        "energy of the logits": head.energy,
+        "maximum softmax": logits.softmax(1).amax(1).numpy(),
+        "maximum logit": logits.amax(1).numpy(),
+        "nearest neighbours": -near.kneighbors(unit(head.features))[0].mean(1),
+        "Mahalanobis": -centres.kneighbors(head.features @ white)[0][:, 0],
+        "energy on Gaussian features": head.density,
+    }
+    chosen = vote(head.logits, head.clusters)
+    rows = {}
+    for name, score in own.items():
+        rows[name] = test.score(chosen, score)
+        rows[f"{name}, cluster mean"] = test.score(chosen, cluster_mean(score, head.clusters))
+    return rows
+
+
+GROUPS = {
+    "step by step": step_by_step,
+    "one step less": one_step_less,
+    "loss and sampling (one view)": losses,
+    "from EO to SAR (one view)": transfer,
+    "head (one view)": heads,
+    "views": views,
+    "vote": votes,
+    "confidence": confidences,
+}
+
+
+class Test:
+    """The labelled chips, and how networks see them."""
+
+    def __init__(self, out):
+        folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT)
+        self.paths, self.out, self.kept = find_chips(folder), out, {}
+        self.names = [path.name for path in self.paths]
+        self.reference = find_reference(folder)
+        self.chips = open_store(self.paths, Path(OUT_DIR, "chips"))
+
+    def seen(self, path, views=None):
+        views = views or tta_views(TURNS, SCALES)
+        if (path, views) not in self.kept:
+            self.kept[path, views] = Seen(path, views, self)
+        return self.kept[path, views]
+
+    def one_view(self, path):
+        seen = self.seen(path, IDENTITY)
+        return self.score(seen.labels, seen.energy)
+
+    def score(self, labels, score):
+        truth = read_labelled(self.paths, self.reference, self.classes)
+        found = scores(labels, score, truth.labels, truth.ood)
+        return {column: found[column] for column in COLUMNS}
+
+
+class Seen:
+    """What a network says of the test chips: logits, features, and what follows from them."""
+
+    def __init__(self, path, views, test):
+        self.path, self.test = path, test
+        self.source = load_checkpoint(path, "finetune.py")
+        test.classes = self.source["classes"]
+        self.model, self.size = build_model(self.source), self.source["image_size"]
+        self.model.to(memory_format=torch.channels_last)
+        found = predict(
+            self.model, ChipStore(test.chips, torch.device("cpu")), self.size, self.source["grey"], views
+        )
+        self.logits, self.features = (x.numpy() for x in found)
+        self.labels, self.energy = self.logits.argmax(1), confidence(found[0]).numpy()
+
+    @property
+    def density(self):
+        return confidence(log_densities(torch.from_numpy(self.features), self.source["gaussians"])).numpy()
+
+    @property
+    def clusters(self):
+        return self.cluster("both")
+
+    def cluster(self, by, count=0):
+        return cluster_chips(self.features, self.test.names, by, count)
+
+    def training_features(self):
+        """Features [M, D] over the eight flips and rotations of some training chips, and their labels."""
+        pairs = find_pairs(DATA_ROOT, self.source["classes"])
+        train, _ = stratified_split(pairs.labels, self.source["val_fraction"])
+        train = train[few_of_each(pairs.labels[train], 300)]
+        chips = open_store(pairs.sar, Path(OUT_DIR, "chips"))
+        store = ChipStore(chips, torch.device("cpu")).subset(train)
+        _, features = predict(self.model, store, self.size, self.source["grey"], tta_views(TURNS, (1.0,)))
+        return features.numpy(), pairs.labels[train]
+
+
+def unit(features):
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def trained(out, seed, name):
+    """best.pt of a network, which is trained first where it is not there, in a process of its own."""
+    script, *settings = NETWORKS[name]
+    settings += [f"SEED={seed}", f"OUT_DIR={out / name}", f"STORE_DIR={Path(OUT_DIR, 'chips')}"]
+    epochs = [f"EPOCHS={EPOCHS}"] if EPOCHS else []
+    if script == "pretrain.py":
+        # A SAR network of its own takes as many optimizer steps as a distilled one.
+        sar = "SENSOR=SAR" in settings and not EPOCHS
+        epochs = [f"EPOCHS={default('sar_feature.py', 'EPOCHS')}"] if sar else epochs
+        settings += [f"DATA_ROOT={DATA_ROOT}", f"BACKBONE={BACKBONE}", *epochs]
+    elif script == "sar_feature.py":
+        settings += [f"TEACHER={trained(out, seed, TEACHER)}", *epochs]
+    else:
+        settings += [f"STUDENT={trained(out, seed, SOURCES.get(name, STUDENT))}"]
+    if not (out / name / "curves.png").exists():
+        threads = str(max(1, (os.cpu_count() or 1) // JOBS))
+        found = subprocess.run(
+            [sys.executable, str(ROOT / script), *settings],
+            env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True,
+        )  # fmt: skip
+        if found.returncode:
+            raise SystemExit(f"{script} {' '.join(settings)} failed:\n{found.stderr}")
+        print(f"done: {script} {' '.join(settings)}", flush=True)
+    return out / name / "best.pt"
+
+
+def default(script, name):
+    """A constant of a script, as it stands there."""
     lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
-    return next(line.split("=")[1].split("#")[0].strip() for line in lines if line.startswith("EPOCHS = "))
+    return next(line.split("=")[1].split("#")[0].strip() for line in lines if line.startswith(f"{name} = "))
+
+
+def draw(rows):
+    """Mean and spread of every row, a panel for accuracy, AUROC and total each."""
+    shown = [COLUMNS.index(name) for name in ("mean per-class accuracy", "AUROC", "total")]
+    figure, axes = plt.subplots(
+        1, len(shown), sharey=True, figsize=(12, 1 + 0.24 * len(rows)), layout="constrained"
+    )
+    groups = list(dict.fromkeys(group for group, *_ in rows))
+    colours = [f"C{groups.index(group)}" for group, *_ in rows]
+    for axis, column in zip(axes, shown, strict=True):
+        for place, (_, _, mean, spread) in enumerate(rows):
+            axis.errorbar(
+                mean[column], place, xerr=spread[column], fmt="o", color=colours[place], capsize=2, ms=4
+            )
+        axis.set_title(COLUMNS[column])
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
+    for label, colour in zip(axes[0].get_yticklabels(), colours, strict=True):
+        label.set_color(colour)
+    axes[0].invert_yaxis()
+    figure.savefig(Path(OUT_DIR, "ablation.png"), dpi=90)
 
 
 if __name__ == "__main__":
