@@ -53,7 +53,8 @@ def recall(found):
         left.text(0.01, row, f"{chips} chips" if chips else "none in the test", va="center", fontsize=8,
                   color="white" if chips and share[order][row] > 0.15 else None)  # fmt: skip
     right.barh(rows, np.maximum(counts[order], 0.8), color=COLOURS[1])
-    right.set_xscale("log")
+    right.set(xscale="log", xlim=(0.7, 10 ** np.ceil(np.log10(counts.max() + 1))))
+    right.xaxis.set_minor_formatter("")
     left.set(yticks=rows, yticklabels=[names[i] for i in order], xlim=(0, 1), title="recall")
     right.set_title("training chips")
     left.invert_yaxis()
@@ -62,7 +63,8 @@ def recall(found):
 
 def reliability(found):
     """Share of right chips against the probability that the network gave; equal on the diagonal."""
-    sure, right = found.probabilities.max(1)[found.known], found.right[found.known]
+    sure, right = found.probabilities.max(1), found.before == found.truth.labels
+    sure, right = sure[found.known], right[found.known]
     share, mean = calibration_curve(right, sure, n_bins=BINS)
     figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
@@ -141,10 +143,11 @@ def clusters(found):
     ids, sizes = np.unique(found.clusters, return_counts=True)
     rows = ids[np.argsort(-sizes, kind="stable")][:SHOWN]
     figure, axes = plt.subplots(
-        len(rows), 1, figsize=(9, 0.75 * len(rows) + 0.2), layout="constrained", squeeze=False
-    )
+        len(rows), 2, figsize=(11, 0.8 * len(rows) + 0.2), layout="constrained", squeeze=False,
+        width_ratios=(3, 2),
+    )  # fmt: skip
     names = readable(found.classes)
-    for axis, cluster in zip(axes[:, 0], rows, strict=True):
+    for (axis, beside), cluster in zip(axes, rows, strict=True):
         chips = np.flatnonzero(found.clusters == cluster)
         shown = found.chips(chips[:: -(-len(chips) // 10)])
         _strip(axis, [*shown, *[None] * (10 - len(shown))])
@@ -157,7 +160,8 @@ def clusters(found):
             told = [f"{true[i]} {names[i]}" for i in np.argsort(-true, kind="stable")[:2] if true[i]]
             out = [f"{(~known).sum()} out of distribution"] if (~known).any() else []
             text += f"\ntruth: {', '.join(told + out)}"
-        axis.text(1.01, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
+        beside.text(0, 0.5, text, va="center", fontsize=9)
+        beside.set_axis_off()
     return figure
 
 
