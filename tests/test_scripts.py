@@ -1,6 +1,8 @@
 """The four scripts as their users run them."""
 
 import csv
+import json
+import re
 import runpy
 import shutil
 import sys
@@ -63,6 +65,26 @@ def test_scores_follow_from_the_submission(pipeline, tiny_demo):
     ]
     steps = list(csv.DictReader(open(cwd / "runs/results/steps.csv")))
     assert float(steps[-1]["accuracy"]) == pytest.approx(np.mean(right))
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(pipeline):
+    cwd, printed = pipeline
+    page = (cwd / "runs/results/report.html").read_text()
+    assert "http" not in page and "<script" not in page
+    linked = re.findall(r'(?:src|srcset|href)="(data:image/png;base64,)?', page)
+    assert len(linked) == 16 and all(linked)  # eight pictures, light and dark
+    pictures = {path.stem for path in (cwd / "runs/results").glob("*.png")}
+    assert len(pictures) == 8 and all(name.replace("_", " ") in page for name in pictures)
+    # Its figures are those of the table, and what the vote changed adds up.
+    accuracy = float(json.loads((cwd / "runs/results/metrics.json").read_text())["accuracy"])
+    assert f"<b>{accuracy:.3f}</b>" in page
+    before, after = (
+        np.array([float(x) for x in row.split("</td><td>")[1:]])
+        for row in re.findall(r"<tr><td>\+ (?:TTA|vote)(.*?)</td></tr>", page)
+    )
+    counts = list(csv.reader(open(cwd / "runs/results/confusion.csv")))[1:]
+    known = sum(int(count) for row in counts for count in row[1:])
+    assert after[0] - before[0] == pytest.approx((after[4] - after[3]) / known, abs=2e-3)
 
 
 def test_finetune_moves_the_head_alone(pipeline):
@@ -251,3 +273,7 @@ def test_unlabelled_real_chips_give_a_valid_submission(pipeline, shared):
     assert {r["image_id"] for r in rows} == {p.stem.removeprefix("SAR_") for p in chips.glob("*.png")}
     assert all(np.isfinite(float(r["score"])) for r in rows)
     assert not (cwd / "unicorn_results" / "metrics.json").exists()
+    # What needs labels is left out, and the rest of the report stands.
+    pictures = {path.stem for path in (cwd / "unicorn_results").glob("*.png")}
+    assert pictures == {"energy", "feature_map", "clusters"}
+    assert "Confusion" not in (cwd / "unicorn_results/report.html").read_text()
