@@ -36,7 +36,7 @@ TRAIN = {"sedan": 120, "SUV": 60, "van": 30, "bus": 12}
 STAGES = {
     "pretrain.py": ["DATA_ROOT=demo", "EPOCHS=4", "EMA=0.9"],
     "sar_feature.py": ["TEACHER=whole/pretrain.py/best.pt", "EPOCHS=4", "FEATURE_WEIGHT=1"],
-    "finetune.py": ["STUDENT=whole/sar_feature.py/best.pt", "EPOCHS=40"],
+    "finetune.py": ["STUDENT=whole/sar_feature.py/best.pt", "EPOCHS=8"],
 }
 OFTEN = ["BATCH_SIZE=16", "SAVE_EVERY_MIN=0"]  # a checkpoint is written at every step
 SENTENCE = re.compile(r"^\S+\.py: .+$", re.MULTILINE)  # how scripts end that were refused something
