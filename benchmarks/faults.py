@@ -106,6 +106,8 @@ def hurt(script, times, numbers, seconds):
             _, said = process.communicate()
             code = process.returncode
             sound = code in (0, -number, 128 + number) and "Traceback" not in said
+            if not sound:
+                print(f"{script} ended with {code}:\n{said[-2000:]}", file=sys.stderr)
         yield from [sound and same(script, out)] * here
         met += here
 
@@ -238,11 +240,12 @@ def stopped(script):
 
 def same(script, out):
     """Whether a run came to the weights of the one that nothing happened to."""
-    return all(
-        checksum(load_checkpoint(f"{out}/{name}", script)["model"])
-        == checksum(load_checkpoint(f"whole/{script}/{name}", script)["model"])
-        for name in ("best.pt", "last.pt")
-    )
+    for name in ("best.pt", "last.pt"):
+        found, wanted = (load_checkpoint(f"{folder}/{name}", script) for folder in (out, f"whole/{script}"))
+        if checksum(found["model"]) != checksum(wanted["model"]):
+            print(f"{out}/{name} has other weights, after epoch {found['epoch']}", file=sys.stderr)
+            return False
+    return True
 
 
 def tree(folder):

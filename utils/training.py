@@ -113,7 +113,8 @@ def fit(
             )
 
     with stop_signals() as received:
-        for epoch in range(begin // steps, epochs):
+        # By the history: a run stopped at the last step of an epoch has yet to validate it.
+        for epoch in range(len(history), epochs):
             first, end = max(begin, epoch * steps), (epoch + 1) * steps
             started, saved_at = time.perf_counter(), time.monotonic()
             learner.modules.train()
