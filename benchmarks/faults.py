@@ -147,7 +147,7 @@ def full_disks():
         yield refused and intact and same(script, out)
     before = tree("whole/results.py")
     yield sentence(start("results.py", *RESULTS, limit=500)) and tree("whole/results.py") == before
-    refused = sentence(start("pretrain.py", "STORE_DIR=new", "OUT_DIR=new", limit=100_000))
+    refused = sentence(start("pretrain.py", "STORE_DIR=new", "OUT_DIR=new", limit=50_000))
     yield refused and not list(Path("new").glob("*.npy")) and not list(Path("new").glob("*.part"))
 
 

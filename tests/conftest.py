@@ -1,7 +1,10 @@
+import multiprocessing
 import os
 import resource
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+# Of the processes that the tests start.
+os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["data", "timm", "utils.training", "data.demo", "pytest", "tests.conftest"])
 TINY = {"sedan": 48, "SUV": 24, "van": 12, "bus": 6}
 
 
@@ -20,20 +27,45 @@ def run_script(script, cwd, *settings, threads=2):
 def run_python(cwd, *arguments, threads=2, limit=None):
     """Run Python with these arguments; returns the finished process with its output as text.
 
+    The process is forked from one that has imported all that the scripts import and done nothing
+    else, since that takes longer than most runs of the tests.
+
     limit: bytes that a file may grow to, as on a disk that is full.
     """
-    restrict = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, preexec_fn=restrict,
-    )  # fmt: skip
+    arguments = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = f"{folder}/out", f"{folder}/err"
+        process = FORKED.Process(target=_run, args=(cwd, arguments, out, err, threads, limit))
+        process.start()
+        process.join(600)
+        said = [Path(path).read_text(errors="replace") for path in (out, err)]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+def _run(cwd, arguments, out, err, threads, limit):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    torch.set_num_threads(threads)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    code, *rest = arguments
+    if code == "-c":
+        code, *rest = rest
+        sys.argv = ["-c", *rest]
+        exec(code, {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(code, run_name="__main__")
 
 
 def run_ranks(ranks, script, cwd, *settings):
     """Run a script on several ranks of one machine, as with torchrun."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return run_python(cwd, *launch, ROOT / script, *settings, threads=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*launch, *map(str, (ROOT / script, *settings))], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+    )  # fmt: skip
 
 
 def load(path):

@@ -155,7 +155,7 @@ def test_a_full_disk_ends_with_a_sentence_and_leaves_what_was_there(pipeline, ti
     assert (cwd / "full/last.pt").read_bytes() == before
     assert "goes on from step 2" in must(run_script("pretrain.py", cwd, *settings))
     # The store, and what results.py writes.
-    process = run_python(cwd, ROOT / "pretrain.py", *settings, "STORE_DIR=full_store", limit=100_000)
+    process = run_python(cwd, ROOT / "pretrain.py", *settings, "STORE_DIR=full_store", limit=50_000)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     assert not list((cwd / "full_store").glob("*.*"))
     before = {path: path.read_bytes() for path in (cwd / "runs/results").iterdir()}

@@ -1,6 +1,7 @@
 """Checkpoints: plain dictionaries that torch.load reads with weights_only=True."""
 
 import hashlib
+import io
 import math
 import os
 from pathlib import Path
@@ -74,9 +75,10 @@ def save_checkpoint(path, checkpoint, keep=False):
 
     keep: leave the file that was there as NAME.previous.pt.
     """
-    whole = {"format": FORMAT, **checkpoint}
+    whole, written = {"format": FORMAT, **checkpoint}, io.BytesIO()
+    torch.save(whole | {"checksum": checksum(whole)}, written)  # which says less of a full disk than a file
     with whole_file(path, "wb") as file:
-        torch.save(whole | {"checksum": checksum(whole)}, file)
+        file.write(written.getbuffer())
         if keep and os.path.exists(path):
             file.flush()
             os.fsync(file.fileno())
