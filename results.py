@@ -12,7 +12,7 @@ from data.store import open_store, place_stores, unreadable
 from utils.checkpoint import build_model, load_checkpoint
 from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
 from utils.energy import cluster_mean, confidence, log_densities
-from utils.metrics import scores, undefined
+from utils.metrics import undefined
 from utils.predict import IDENTITY, predict, scaled, tta_views
 from utils.ranks import rank
 from utils.report import Found, forget_scores, save_scores, table, write_report
@@ -92,7 +92,7 @@ def main():
         return confidence(energy_logits(logits, features), ENERGY_TEMPERATURE).cpu().numpy()
 
     see = (model, store, source["image_size"], source["grey"])
-    alone, features_alone = predict(*see, IDENTITY, BATCH_SIZE)
+    alone = None if truth is None else predict(*see, IDENTITY, BATCH_SIZE)
     started = time.perf_counter()
     logits, features = predict(*see, views, BATCH_SIZE, progress="predict")
     if rank():
@@ -117,8 +117,8 @@ def main():
     )
     print(f"{len(paths)} chips, {clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
     forget_scores(Path(OUT_DIR))
-    stages = {
-        "one view": (alone.argmax(1).cpu().numpy(), confidence_of(alone, features_alone)),
+    stages = {"one view": (alone[0].argmax(1).cpu().numpy(), confidence_of(*alone))} if alone else {}
+    stages |= {
         "+ TTA": (logits.argmax(1).cpu().numpy(), own),
         "+ vote": (labels, own),
         "+ cluster score": (labels, score),
@@ -130,9 +130,8 @@ def main():
         None if centres is None else torch.cdist(features, centres).argsort(1).cpu().numpy(), truth,
     )  # fmt: skip
     if truth is not None:
-        steps = {name: scores(*stage, truth.labels, truth.ood) for name, stage in stages.items()}
-        print(table(steps, list(steps["one view"])) + undefined(truth.ood))
-        save_scores(Path(OUT_DIR), found, steps)
+        print(table(found.scores, list(found.scores["one view"])) + undefined(truth.ood))
+        save_scores(Path(OUT_DIR), found)
     if REPORT:
         write_report(Path(OUT_DIR), found)
     print(f"written: {archive} and, beside it, what it holds{' and the scores' if truth else ''}")

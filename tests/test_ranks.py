@@ -92,7 +92,6 @@ def test_two_ranks_train_and_predict_as_one_process(tiny_demo, tmp_path):
         said = must(run_ranks(2, script, tmp_path, *mine, "BATCH_SIZE=16", "OUT_DIR=two"))
         assert said.count("epoch 1/") == 1  # the first rank alone speaks
         found, wanted = (weights(tmp_path / out) for out in ("two", f"runs/{script[:-3]}"))
-        print(script, (found - wanted).norm() / wanted.norm())
         assert (found - wanted).norm() < 1e-3 * wanted.norm(), script
         shutil.rmtree(tmp_path / "two")
     must(run_script("results.py", tmp_path, "REPORT=False"))

@@ -77,12 +77,9 @@ def save_checkpoint(path, checkpoint, keep=False):
     """
     whole, written = {"format": FORMAT, **checkpoint}, io.BytesIO()
     torch.save(whole | {"checksum": checksum(whole)}, written)  # which says less of a full disk than a file
-    with whole_file(path, "wb") as file:
+    previous = Path(path).with_suffix(".previous.pt") if keep else None
+    with whole_file(path, "wb", keep=previous) as file:
         file.write(written.getbuffer())
-        if keep and os.path.exists(path):
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(path, Path(path).with_suffix(".previous.pt"))
 
 
 def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune"), whole=False):

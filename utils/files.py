@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="w", **options):
+def whole_file(path, mode="w", keep=None, **options):
     """A file to write that takes the name `path` when it is complete and on the disk.
 
     Whatever goes wrong before, a full disk or the end of the process, leaves an earlier file of
@@ -14,6 +14,7 @@ def whole_file(path, mode="w", **options):
 
     Args:
         path: file to make.
+        keep: name that an earlier file of that name takes; None = it is replaced.
         mode, options: of open().
 
     Raises:
@@ -25,6 +26,8 @@ def whole_file(path, mode="w", **options):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
         part.replace(path)
     except OSError as error:  # a file object that cannot be written to does not say which it is
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error

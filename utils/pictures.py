@@ -113,29 +113,33 @@ def roc(found):
 
 def feature_map(found):
     """The features in two dimensions (t-SNE), by predicted class; rings are out of distribution."""
-    chips = np.arange(len(found.features))[:: -(-len(found.features) // MAPPED)]
-    features = found.features[chips]
-    if len(chips) > 30:
-        features = PCA(min(30, features.shape[1]), random_state=0).fit_transform(features)
-        features = TSNE(perplexity=min(30, len(chips) / 4), random_state=0).fit_transform(features)
+    chips, places = found.places
     figure, axis = plt.subplots(figsize=(7.5, 6.5), layout="constrained")
     names = readable(found.classes)
     for label in np.unique(found.labels[chips]):
-        mine = features[found.labels[chips] == label]
         axis.scatter(
-            mine[:, 0], mine[:, min(1, mine.shape[1] - 1)], s=16, label=names[label],
+            *places[found.labels[chips] == label].T, s=16, label=names[label],
             color=COLOURS[label % len(COLOURS)], marker=MARKERS[label // len(COLOURS) % len(MARKERS)],
         )  # fmt: skip
     if found.truth is not None and (~found.known[chips]).any():
-        out = features[~found.known[chips]]
         axis.scatter(
-            out[:, 0], out[:, min(1, out.shape[1] - 1)], s=60, facecolors="none",
+            *places[~found.known[chips]].T, s=60, facecolors="none",
             edgecolors=matplotlib.rcParams["text.color"], linewidths=0.7, label="out of distribution",
         )  # fmt: skip
     if len(names) <= LEGIBLE:
         figure.legend(loc="outside lower center", ncols=4, fontsize=8, markerscale=1.5)
     axis.set(xticks=[], yticks=[])
     return figure
+
+
+def places(features):
+    """Which chips are on the map, [M] indices, and where, [M, 2]: by t-SNE, few of them by two features."""
+    chips = np.arange(len(features))[:: -(-len(features) // MAPPED)]
+    features = features[chips]
+    if len(chips) > 30:
+        features = PCA(min(30, features.shape[1]), random_state=0).fit_transform(features)
+        features = TSNE(perplexity=min(30, len(chips) / 4), random_state=0).fit_transform(features)
+    return chips, features[:, [0, min(1, features.shape[1] - 1)]]
 
 
 def clusters(found):
@@ -221,5 +225,5 @@ def _strip(axis, pictures):
     axis.set_axis_off()
 
 
-ALWAYS = (energy, feature_map, clusters)
+IN_ORDER = (confusion, recall, reliability, energy, feature_map, clusters, roc, mistakes)
 WITH_TRUTH = (confusion, recall, reliability, roc, mistakes)

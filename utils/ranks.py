@@ -104,9 +104,9 @@ def averaging(module):
     """The module as one whose gradients and batch statistics are those of all ranks together."""
     if ranks() == 1:
         return module
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine and part.track_running_stats:
-            part.__class__ = type(type(part).__name__, (_OverRanks, type(part)), {})
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats:
+            norm.__class__ = type(type(norm).__name__, (_OverRanks, type(norm)), {})
     # The statistics need no broadcast: they are the same on all ranks.
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 

@@ -6,6 +6,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from utils import pictures
 from utils.files import whole_file
@@ -83,6 +84,18 @@ class Found:
     def score(self):
         return list(self.stages.values())[-1][1]
 
+    @cached_property
+    def scores(self):
+        """{step: scores of utils.metrics}, with truth."""
+        return {
+            name: scores(*stage, self.truth.labels, self.truth.ood) for name, stage in self.stages.items()
+        }
+
+    @cached_property
+    def places(self):
+        """Of `pictures.places`: computed once for both themes."""
+        return pictures.places(self.features)
+
     @property
     def known(self):
         """Whether a chip is known to be in distribution, [N]."""
@@ -126,16 +139,14 @@ def table(rows, columns):
 
 def forget_scores(out_dir):
     """Remove what was written for an earlier prediction, which does not belong to a new submission."""
-    drawn = [f"{draw.__name__}.png" for draw in pictures.ALWAYS + pictures.WITH_TRUTH]
+    drawn = [f"{draw.__name__}.png" for draw in pictures.IN_ORDER]
     for name in ("report.html", *SCORES, *drawn):
         (out_dir / name).unlink(missing_ok=True)
 
 
-def save_scores(out_dir, found, steps):
-    """steps.csv (the scores after each step), metrics.json (the final ones), confusion.csv.
-
-    steps: {step: scores of utils.metrics}, of a prediction `found` with truth.
-    """
+def save_scores(out_dir, found):
+    """steps.csv (the scores after each step), metrics.json (the final ones), confusion.csv."""
+    steps = found.scores
     columns = list(next(iter(steps.values())))
     with whole_file(out_dir / "steps.csv", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -155,13 +166,11 @@ def save_scores(out_dir, found, steps):
 def write_report(out_dir, found):
     """report.html, one page that needs nothing else, and its pictures as PNGs beside it."""
     parts = [_summary(found)]
-    draws = pictures.ALWAYS
-    if found.truth is not None and found.known.any():
-        parts.append(_changes(found))
-        draws = (*pictures.WITH_TRUTH[:3], *pictures.ALWAYS, *pictures.WITH_TRUTH[3:])
-        if found.known.all():
-            draws = tuple(draw for draw in draws if draw is not pictures.roc)
-    for draw in draws:
+    judged = found.truth is not None and found.known.any()
+    parts += [_changes(found)] if judged else []
+    for draw in pictures.IN_ORDER:
+        if draw in pictures.WITH_TRUTH and not judged or draw is pictures.roc and found.known.all():
+            continue
         drawn = {}
         for theme, colours in THEMES.items():
             with plt.rc_context(colours):
@@ -187,7 +196,7 @@ def _summary(found):
     changed = int((found.labels != found.before).sum())
     tiles = {}
     if found.truth is not None:
-        last = scores(found.labels, found.score, found.truth.labels, found.truth.ood)
+        last = list(found.scores.values())[-1]
         spread = intervals(found.labels, found.score, found.truth.labels, found.truth.ood, found.clusters)
         tiles = {
             name: (_number(value), f"{_number(spread[name][0])} to {_number(spread[name][1])}")
@@ -212,8 +221,8 @@ def _changes(found):
     """What each step changed, as a table."""
     head = ("step", "accuracy", "AUROC", "labels changed", "right to wrong", "wrong to right")
     rows, before = [], None
-    for name, (labels, score) in found.stages.items():
-        row = scores(labels, score, found.truth.labels, found.truth.ood)
+    for name, row in found.scores.items():
+        labels, _ = found.stages[name]
         cells = [name, _number(row["accuracy"]), _number(row["AUROC"])]
         if before is None:
             cells += ["", "", ""]
