@@ -16,6 +16,7 @@ import os
 import re
 import struct
 import sys
+import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -301,10 +302,16 @@ def _map(function, chunks):
     # Forked workers start at once and only decode; elsewhere fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
             yield from pool.map(function, chunks)
     except BrokenExecutor as error:
         raise OSError("a process that decodes chips was killed; memory may be short, try again") from error
+
+
+def _end_with_parent():
+    """Let a worker end when its parent is killed; else it would wait for work for ever, holding the lock."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _decode_chunk(chunk):

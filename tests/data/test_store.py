@@ -1,8 +1,12 @@
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 
 from data.errors import DataError
 from data.store import ChipStore, choose_place, decode, grey_statistics, open_store
+from tests.conftest import ROOT
 
 import numpy as np
 import pytest
@@ -167,3 +171,18 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_store(tmp_path):
     whole.unlink()
     np.testing.assert_array_equal(open_store(paths, tmp_path / "store"), [LEVELS] * 3)
     assert not part.exists()
+
+
+def test_a_killed_process_leaves_no_worker_that_holds_the_lock(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.fromarray(LEVELS)) for i in range(4)]
+    code = "import sys; from data.store import open_store; open_store(sys.argv[1:5] * 5_000, sys.argv[5])"
+    start = [sys.executable, "-c", code, *map(str, paths), str(tmp_path / "store")]
+    process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("store/*.part")):
+        time.sleep(0.01)
+    time.sleep(0.3)  # the workers are there
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("store/*.npy"))
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0 and len(list(tmp_path.glob("store/*.npy"))) == 1
