@@ -43,7 +43,10 @@ RESULTS = ["CHECKPOINT=whole/finetune.py/best.pt", "OUT_DIR=whole/results.py", "
 OFTEN = ["BATCH_SIZE=16", "SAVE_EVERY_MIN=0"]  # a checkpoint is written at every step
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
 SENTENCE = re.compile(r"^\S+\.py: .+$", re.MULTILINE)  # how scripts end that were refused something
-WRITE_DEMO = "from data.demo import ensure_demo; ensure_demo('datasets/demo')"
+WRITE_DEMO = (  # as ensure_demo does, but a small one
+    "import os; from data.demo import write_demo; os.path.exists('datasets/demo') or "
+    f"write_demo('datasets/demo', train_counts={TRAIN}, val_scenes=4, test_scenes=4)"
+)
 WRITE_STORE = (
     "from data.layouts import find_pairs; from data.store import open_store; "
     "open_store(find_pairs('demo').sar * 40, 'store')"
