@@ -55,6 +55,7 @@ SEED = 0  # fixes everything random
 RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
 SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
+TENSORBOARD = False  # True writes event files as well, where tensorboard is installed
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
@@ -136,7 +137,8 @@ def main():
         epochs=EPOCHS, steps=steps, batch=batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
         warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED, also_trained=[project],
         out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
-        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, chips_of=partial(feed.names, pairs.sar),
+        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, tensorboard=TENSORBOARD,
+        chips_of=partial(feed.names, pairs.sar),
     )  # fmt: skip
     announce(OUT_DIR, "python finetune.py")
 

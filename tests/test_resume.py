@@ -1,5 +1,6 @@
 """Runs that are stopped go on to the same weights, and nothing that was there is lost."""
 
+import csv
 import os
 import shutil
 import signal
@@ -68,6 +69,20 @@ def test_a_stopped_run_ends_with_the_same_weights(pipeline, tiny_demo, script):
     for name in ("best.pt", "last.pt"):
         assert same(model(cwd / f"whole_{script}" / name), model(cwd / f"parts_{script}" / name)), name
     assert len((cwd / f"parts_{script}/history.csv").read_text().splitlines()) == 4
+
+
+def test_tensorboard_shows_the_history_of_a_stopped_run(pipeline, tiny_demo):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=3", "BATCH_SIZE=16", "OUT_DIR=board", "TENSORBOARD=True"]
+    assert stopped("pretrain.py", cwd, 12, signal.SIGTERM, *settings).returncode == 128 + signal.SIGTERM
+    must(run_script("pretrain.py", cwd, *settings))
+    events = reading.EventAccumulator(str(cwd / "board")).Reload()
+    for row in csv.DictReader(open(cwd / "board/history.csv")):
+        for name, value in row.items():
+            if name != "epoch":
+                shown = [x.value for x in events.Scalars(name) if x.step == int(row["epoch"])]
+                assert shown == pytest.approx([float(value)]), name
 
 
 def test_ctrl_c_twice_ends_at_once(pipeline, tiny_demo):

@@ -127,6 +127,24 @@ def plot_history(path, history):
     plt.close(figure)
 
 
+def event_writer(out_dir, epochs):
+    """A writer of TensorBoard's event files for a run of which so many epochs are done.
+
+    Epochs after them that an earlier writer told of come again, and TensorBoard forgets the first.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # needs a package that few ask for
+
+    return SummaryWriter(out_dir, purge_step=epochs + 1)
+
+
+def write_events(events, row):
+    """Write a row of the history, at once."""
+    for name, value in row.items():
+        if name != "epoch":
+            events.add_scalar(name, value, row["epoch"])
+    events.flush()
+
+
 def table(rows, columns):
     """Text table: rows is {name: {column: number}}; figures with three decimals, nan as -."""
     width = max(len(name) for name in rows) + 2

@@ -10,9 +10,9 @@ from utils.files import remove_parts
 from utils.ranks import from_first, ranks
 from utils.settings import CheckpointError, SettingError, check
 
-# Settings that change where and how a run computes, not what.
+# Settings that change where and how a run computes, not what. BATCH_SIZE goes by its sum over the ranks.
 FREE = {"OUT_DIR", "STORE_DIR", "DEVICE", "CHIP_MEMORY_GB", "COMPILE", "RESUME", "SAVE_EVERY_MIN"}
-FREE |= {"MAX_BAD_STEPS", "TEACHER", "STUDENT", "BATCH_SIZE"}  # the last goes by its sum over the ranks
+FREE |= {"MAX_BAD_STEPS", "TENSORBOARD", "TEACHER", "STUDENT", "BATCH_SIZE"}
 
 
 def chips_a_step(out_dir, settings):

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.errors import DataError
@@ -118,6 +119,8 @@ def check_values(settings):
     check(any(settings.get("CLASS_WEIGHTS", (1,))), "CLASS_WEIGHTS are all 0; nothing would be learned")
     weights = [settings.get(name, 1) for name in ("KL_WEIGHT", "FEATURE_WEIGHT", "LABEL_WEIGHT")]
     check(any(weights), "KL_WEIGHT, FEATURE_WEIGHT and LABEL_WEIGHT are all 0; nothing would be learned")
+    board = not settings.get("TENSORBOARD") or find_spec("tensorboard")
+    check(board, "TENSORBOARD=True needs the package tensorboard: pip install tensorboard")
     for name in filter(settings.__contains__, FOLDERS):
         path = Path(settings[name])
         there = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)

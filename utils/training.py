@@ -12,7 +12,7 @@ from utils.checkpoint import save_checkpoint
 from utils.files import whole_file
 from utils.predict import autocast
 from utils.ranks import agreed, averaging, from_first, rank, ranks, summed
-from utils.report import plot_history
+from utils.report import event_writer, plot_history, write_events
 from utils.resume import stop_signals, take_up
 from utils.settings import SettingError
 
@@ -51,7 +51,7 @@ def choose_device(name):
 
 def fit(
     model, loss_of, validate, *, epochs, steps, batch, out_dir, checkpoint, resume=True,
-    save_every_min=10.0, max_bad_steps=20, chips_of=None, compiled=False, **learning,
+    save_every_min=10.0, max_bad_steps=20, chips_of=None, compiled=False, tensorboard=False, **learning,
 ):  # fmt: skip
     """Train a classifier; after every epoch validate it and write `best.pt` and `last.pt`.
 
@@ -73,6 +73,7 @@ def fit(
         max_bad_steps: so many steps in a row without a finite loss end the run.
         chips_of: step number -> names of its chips, told where such steps end the run.
         compiled: True runs the backbone through torch.compile.
+        tensorboard: True writes the history as TensorBoard's event files, too.
         learning: of `Learner`.
 
     Returns:
@@ -92,6 +93,7 @@ def fit(
         print(f"goes on from step {begin} of {total} of the run in {out_dir}", flush=True)
     if compiled:
         model.backbone.compile()
+    events = event_writer(out_dir, len(history)) if tensorboard and not rank() else None
 
     def save(name, step):
         if rank():
@@ -154,6 +156,8 @@ def fit(
                 save("best.pt", end)
             if not rank():
                 _write_history(out_dir / "history.csv", history)
+            if events:
+                write_events(events, history[-1])
             save("last.pt", end)  # at the end: a run that goes on from it does not write the others again
             values = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(
