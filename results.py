@@ -36,12 +36,13 @@ TTA = True  # False predicts from each chip as it is
 CLUSTER_BY = "both"  # "features", "sequence" (of file numbers), "both", or "none"
 CLUSTERS = 0  # number of clusters of "features"; 0 = one for five chips, at most 1000
 SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
-VOTE = "hard"  # "hard" counts labels, "soft" sums probabilities
+VOTE = "product"  # of probabilities; "soft" sums them, "hard" counts labels
 VOTE_MIN_SHARE = 0.0  # a cluster whose winner has a smaller share of the vote stays as it is
 ENERGY = "features"  # confidence from the "logits" of the head, or from Gaussians of "features"
+BACKGROUND = 0.75  # share of all training chips' log density taken off each class's; 0 = none
 ENERGY_TEMPERATURE = 1.0  # T of the energy
+CLUSTER_SCORE = "features"  # of its cluster's mean "features" or "logits"; "mean" score; "none": its own
 REPORT = True  # True writes report.html, with pictures of what was predicted
-CLUSTER_SCORE = "mean"  # confidence of a chip: "none" its own, "mean" its cluster's, or "logits"
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
@@ -52,8 +53,8 @@ def main():
     check_values(settings)
     check(ENERGY in ("logits", "features"), f"ENERGY is logits or features, not {ENERGY!r}")
     check(
-        CLUSTER_SCORE in ("none", "mean", "logits"),
-        f"CLUSTER_SCORE is none, mean or logits, not {CLUSTER_SCORE!r}",
+        CLUSTER_SCORE in ("none", "mean", "logits", "features"),
+        f"CLUSTER_SCORE is none, mean, logits or features, not {CLUSTER_SCORE!r}",
     )
     check(CLUSTER_BY in BY, f"CLUSTER_BY is one of {', '.join(BY)}, not {CLUSTER_BY!r}")
     check(VOTE in HOW, f"VOTE is one of {', '.join(HOW)}, not {VOTE!r}")
@@ -86,7 +87,7 @@ def main():
         """f of the energy: the head's logits, or the log densities of the Gaussians."""
         if ENERGY == "logits":
             return logits
-        return log_densities(features, {k: v.to(device) for k, v in source["gaussians"].items()})
+        return log_densities(features, {k: v.to(device) for k, v in source["gaussians"].items()}, BACKGROUND)
 
     def confidence_of(logits, features):
         return confidence(energy_logits(logits, features), ENERGY_TEMPERATURE).cpu().numpy()
@@ -101,7 +102,10 @@ def main():
     clusters = cluster_chips(features.cpu().numpy(), names, CLUSTER_BY, CLUSTERS, SEQUENCE_GAP)
     labels = vote(logits.cpu().numpy(), clusters, VOTE, VOTE_MIN_SHARE)
     own = confidence(densities, ENERGY_TEMPERATURE).cpu().numpy()
-    if CLUSTER_SCORE == "mean":
+    if CLUSTER_SCORE == "features":
+        together = torch.from_numpy(cluster_mean(features.cpu().numpy(), clusters)).to(features)
+        score = confidence_of(model.head(together).detach(), together)
+    elif CLUSTER_SCORE == "mean":
         score = cluster_mean(own, clusters)
     elif CLUSTER_SCORE == "logits":
         together = torch.from_numpy(cluster_mean(densities.cpu().numpy(), clusters))

@@ -113,5 +113,5 @@ def test_prediction_and_confidence():
             "log_prior": torch.zeros(5), "log_det": torch.zeros(()),
         }  # fmt: skip
         gaussians = {name: value.to(device, torch.float64) for name, value in gaussians.items()}
-        found = confidence(log_densities(features, gaussians))
+        found = confidence(log_densities(features, gaussians, 0.75))
         assert found.shape == (9,) and found.device.type == "cuda"

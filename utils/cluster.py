@@ -13,13 +13,14 @@ from utils.settings import SettingError
 
 import numpy as np
 from scipy.linalg import eigh
+from scipy.special import log_softmax, softmax
 from sklearn import config_context
 from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
 
 BY = ("features", "sequence", "both", "none")
-HOW = ("hard", "soft")
+HOW = ("hard", "soft", "product")
 
 LARGE = 1000  # chips above which clustering works on mini-batches and the silhouette on a sample
 PATCH = 5  # chips of a patch: so few neighbours in feature space that they show one vehicle
@@ -77,10 +78,13 @@ def vote(logits, clusters, how="hard", min_share=0.0):
     """Labels after the vote, int64 [N]: each chip takes the winner of its cluster.
 
     logits: float [N, C]; clusters: int [N], any ids.
-    how: "hard" counts the chips' labels, "soft" sums their probabilities. Ties go to the label with
-        the higher summed probability. Only labels that some chip of the cluster has can win.
-    min_share: a cluster whose winner has less than this share (0..1) of the counted votes ("hard")
-        or of the summed probability ("soft") keeps the labels of its chips.
+    how: "hard" counts the chips' labels, "soft" sums their probabilities, "product" multiplies them:
+        one chip that is sure against a label counts for many that are in doubt (Kittler et al., "On
+        Combining Classifiers", 1998). Ties go to the label with the higher summed probability. Only
+        labels that some chip of the cluster has can win.
+    min_share: a cluster whose winner has less than this share (0..1) of the counted votes ("hard"),
+        of the summed probability ("soft") or of its geometric mean ("product") keeps the labels of
+        its chips.
     Raises SettingError if `how` is unknown.
     """
     if how not in HOW:
@@ -88,18 +92,21 @@ def vote(logits, clusters, how="hard", min_share=0.0):
     logits = np.asarray(logits, np.float64)
     labels = logits.argmax(1)
     ids, clusters = np.unique(clusters, return_inverse=True)
-    probabilities = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
 
-    counts = np.zeros((len(ids), logits.shape[1]))
-    sums = np.zeros_like(counts)
-    np.add.at(counts, (clusters, labels), 1)
-    np.add.at(sums, clusters, probabilities)
-    votes = counts if how == "hard" else np.where(counts > 0, sums, 0)
-    winners = np.where(votes == votes.max(1, keepdims=True), sums, -1).argmax(1)
-    # counts.sum is the number of chips, which is what their probabilities sum to as well
-    shares = votes[np.arange(len(ids)), winners] / counts.sum(1)
-    return np.where(shares[clusters] >= min_share, winners[clusters], labels)
+    def cluster_means(values):
+        sums = np.zeros((len(ids), values.shape[1]))
+        np.add.at(sums, clusters, values)
+        return sums / np.bincount(clusters)[:, None]
+
+    counted = cluster_means(np.eye(logits.shape[1])[labels])
+    summed = cluster_means(softmax(logits, 1))
+    shares = {"hard": counted, "soft": summed}.get(how)
+    if how == "product":
+        shares = softmax(cluster_means(log_softmax(logits, 1)), 1)
+    votes = np.where(counted > 0, shares, 0)
+    winners = np.where(votes == votes.max(1, keepdims=True), summed, -1).argmax(1)
+    won = votes[np.arange(len(ids)), winners]
+    return np.where(won[clusters] >= min_share, winners[clusters], labels)
 
 
 def chip_numbers(names):

@@ -64,17 +64,32 @@ def fit_gaussians(features, labels, counts):
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in fitted.items()}
 
 
-def log_densities(features, gaussians):
-    """log pi_c + log N(z; mu_c, Sigma): the logits of the generative head.
+def log_densities(features, gaussians, background=0.0):
+    """log N(z; mu_c, Sigma) - background log N(z; mu, Sigma + B): the logits of the generative head.
+
+    mu is the mean of all training chips and B the covariance of the class means about it. The second
+    term discounts the directions in which classes do not differ; without it they outvote the few in
+    which they do.
 
     Args:
-        features: z, [N, D]; gaussians: of fit_gaussians, on the same device.
+        features: z, [N, D]; gaussians: of fit_gaussians, on the same device; background: 0 to 1.
 
     Returns:
-        [N, C] float64.
+        [N, C] float64; -inf for a class without training chips.
+
+    Source: Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021,
+    where background is 1.
     """
+    features, mean, share = features.double(), gaussians["mean"], gaussians["log_prior"].softmax(0)
     white = torch.linalg.cholesky(gaussians["precision"])  # features @ white have unit covariance
     exactly = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(features.double() @ white, gaussians["mean"] @ white, compute_mode=exactly)
-    constant = gaussians["log_det"] - features.shape[1] * float(np.log(2 * np.pi))
-    return gaussians["log_prior"] + 0.5 * (constant - distance**2)
+    distance = torch.cdist(features @ white, mean @ white, compute_mode=exactly)
+    found = 0.5 * (gaussians["log_det"] - distance**2)
+    if background:
+        apart = (mean - share @ mean) * share.sqrt()[:, None]
+        spread = torch.linalg.cholesky(torch.cholesky_inverse(white) + apart.T @ apart)
+        away = torch.linalg.solve_triangular(spread, (features - share @ mean).T, upper=False)
+        of_all = -0.5 * away.square().sum(0) - spread.diagonal().log().sum()
+        found = found - background * of_all[:, None]
+    constant = 0.5 * (1 - background) * features.shape[1] * float(np.log(2 * np.pi))
+    return torch.where(share > 0, found - constant, -torch.inf)

@@ -37,7 +37,7 @@ RANGES = {
         ("from 0 to 1e9", lambda x: 0 <= x <= MOST),
     "EMA": ("from 0 to below 1", lambda x: 0 <= x < 1),
     "VAL_FRACTION": ("between 0 and 1", lambda x: 0 < x < 1),
-    "VOTE_MIN_SHARE": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "VOTE_MIN_SHARE BACKGROUND": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "BALANCE": ("from 0 to 2", lambda x: 0 <= x <= 2),
 }  # fmt: skip
 SEVERAL = ("TRAIN_SCALES", "SCALES", "CLASS_WEIGHTS")  # tuples of such numbers

@@ -1,4 +1,4 @@
-from utils.cluster import cluster_chips, vote
+from utils.cluster import HOW, cluster_chips, vote
 
 import numpy as np
 import pytest
@@ -142,12 +142,21 @@ def test_soft_vote_sums_probabilities():
     assert vote(np.log(p) + 1000, [0, 0, 0], "soft").tolist() == [1, 1, 1]  # no overflow
 
 
+def test_product_vote_multiplies_probabilities():
+    p = np.array([[0.6, 0.4], [0.6, 0.4], [0.05, 0.95]])  # 0.018 : 0.152
+    assert vote(np.log(p[:2]), [0, 0], "product").tolist() == [0, 0]
+    assert vote(np.log(p) + 1000, [0, 0, 0], "product").tolist() == [1, 1, 1]
+    share = 0.152 ** (1 / 3) / (0.152 ** (1 / 3) + 0.018 ** (1 / 3))
+    assert vote(np.log(p), [0, 0, 0], "product", share - 0.01).tolist() == [1, 1, 1]
+    assert vote(np.log(p), [0, 0, 0], "product", share + 0.01).tolist() == [0, 0, 1]
+
+
 def test_soft_vote_never_gives_a_label_that_no_chip_has():
     p = np.array([[0.55, 0.45, 1e-9], [1e-9, 0.45, 0.55]])  # label 1 has the highest sum
     assert set(vote(np.log(p), [0, 0], "soft")) <= {0, 2}
 
 
-@pytest.mark.parametrize("how", ["hard", "soft"])
+@pytest.mark.parametrize("how", HOW)
 def test_a_vote_never_invents_a_label(how):
     rng = np.random.default_rng(0)
     logits, clusters = rng.normal(size=(300, 10)), rng.integers(0, 80, 300)
