@@ -19,12 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import results  # noqa: E402
+import sar_feature  # noqa: E402
 from data.demo import ensure_demo  # noqa: E402
 from data.layouts import find_chips, find_pairs, find_reference, find_test, read_labelled  # noqa: E402
 from data.sampler import few_of_each, stratified_split  # noqa: E402
 from data.store import ChipStore, open_store  # noqa: E402
 from utils.checkpoint import build_model, load_checkpoint  # noqa: E402
-from utils.cluster import cluster_chips, vote  # noqa: E402
+from utils.cluster import HOW, cluster_chips, vote  # noqa: E402
 from utils.energy import cluster_mean, confidence, log_densities  # noqa: E402
 from utils.metrics import scores  # noqa: E402
 from utils.predict import IDENTITY, predict, tta_views  # noqa: E402
@@ -49,8 +51,7 @@ ROWS = ()  # first words of the groups that are asked for; empty: all
 
 COLUMNS = ("accuracy", "mean per-class accuracy", "AUROC", "total")
 NEIGHBOURS = 10  # of the score by nearest neighbours
-SCALES = (0.875, 1.0, 1.125)
-TURNS = (0, 90, 180, 270)
+TURNED, ALL = (tta_views(results.ROTATIONS, scales) for scales in ((1.0,), results.SCALES))
 
 # Folder of a network, script, and how it differs from the scripts' defaults.
 PLAIN, SCRATCH, TEACHER, STUDENT, HEAD = "plain", "scratch", "teacher", "student", "head"
@@ -124,39 +125,36 @@ def step_by_step(out, seed, test):
     head = test.seen(trained(out, seed, HEAD))
     rows["+ class-balanced head"] = test.one_view(head.path)
     rows["+ test-time augmentation"] = test.score(head.labels, head.energy)
-    labels = vote(head.logits, head.clusters)
+    labels = vote(head.logits, head.cluster("both"), results.VOTE)
     rows["+ cluster vote"] = test.score(labels, head.energy)
-    rows["+ energy on Gaussian features"] = test.score(labels, head.density)
-    together = cluster_mean(head.density, head.clusters)
-    rows["+ cluster score (all of results.py)"] = test.score(labels, together)
+    rows["+ energy on Gaussian features"] = test.score(labels, head.density(head.features))
+    rows["+ of the cluster (all of results.py)"] = whole(head)
     return rows
 
 
 def one_step_less(out, seed, test):
     """The whole pipeline, and without one of its steps."""
-
-    def whole(path, views=None, by="both", density=True):
-        seen = test.seen(path, views)
-        clusters = seen.cluster(by)
-        own = seen.density if density else seen.energy
-        return test.score(vote(seen.logits, clusters), cluster_mean(own, clusters))
-
-    head = trained(out, seed, HEAD)
+    path = trained(out, seed, HEAD)
+    head, student = test.seen(path), test.seen(trained(out, seed, STUDENT))
     return {
         "all of it": whole(head),
-        "without KL": whole(trained(out, seed, "head_no_kl")),
-        "without the head's training": whole_of_student(test, trained(out, seed, STUDENT), head),
-        "without views": whole(head, IDENTITY),
+        "without KL": whole(test.seen(trained(out, seed, "head_no_kl"))),
+        # Its Gaussians are those of the trained head's checkpoint: the features are the same.
+        "without the head's training": whole(head, logits=student.logits),
+        "without views": whole(test.seen(path, IDENTITY)),
         "without the vote": whole(head, by="none"),
+        "without numbers in the file names": whole(head, by="features"),
         "without Gaussian features": whole(head, density=False),
     }
 
 
-def whole_of_student(test, student, head):
-    """As the whole pipeline, with the student's own head; the Gaussians are of the same features."""
-    seen, finished = test.seen(student), test.seen(head)
-    clusters = finished.clusters
-    return test.score(vote(seen.logits, clusters), cluster_mean(finished.density, clusters))
+def whole(seen, by="both", logits=None, density=True):
+    """Scores of all that results.py does."""
+    clusters = seen.cluster(by)
+    together = cluster_mean(seen.features, clusters)
+    score = seen.density(together) if density else energy(seen.head(together))
+    labels = vote(seen.logits if logits is None else logits, clusters, results.VOTE)
+    return seen.test.score(labels, score)
 
 
 def losses(out, seed, test):
@@ -180,14 +178,28 @@ def heads(out, seed, test):
         "the student's": STUDENT, "trained, classes equally often": HEAD,
         "trained, chips as they are": "head_as_they_are",
     }  # fmt: skip
-    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+    rows = {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+    # Without training: the student's head against the long tail, and the Gaussians' classes.
+    student, head = (test.seen(trained(out, seed, name), IDENTITY) for name in (STUDENT, HEAD))
+    gaussians = head.source["gaussians"]
+    adjusted = student.logits - 0.5 * gaussians["log_prior"].numpy()
+    rows["logit adjustment, tau = 0.5"] = test.score(adjusted.argmax(1), energy(adjusted))
+    weight = np.linalg.norm(student.model.head.weight.detach().numpy(), axis=1)
+    normalised = (student.logits - student.model.head.bias.detach().numpy()) / np.sqrt(weight)
+    rows["tau-normalisation, tau = 0.5"] = test.score(normalised.argmax(1), energy(normalised))
+    densities = log_densities(torch.from_numpy(head.features), gaussians).numpy()
+    rows["Gaussian of each class"] = test.score(densities.argmax(1), energy(densities))
+    return rows
 
 
 def views(out, seed, test):
     kinds = {
-        "one": IDENTITY, "flip": tta_views((0,), (1.0,)), "flip, rotations": tta_views(TURNS, (1.0,)),
-        "scales": tuple((0, scale) for scale in SCALES), "flip, rotations, scales": tta_views(TURNS, SCALES),
-    }  # fmt: skip
+        "one": IDENTITY,
+        "flip": tta_views((0,), (1.0,)),
+        "flip, rotations": TURNED,
+        "scales": tuple((0, scale) for scale in results.SCALES),
+        "flip, rotations, scales": ALL,
+    }
     head = trained(out, seed, HEAD)
     rows = {}
     for name, chosen in kinds.items():
@@ -200,37 +212,43 @@ def votes(out, seed, test):
     head = test.seen(trained(out, seed, HEAD))
     count = len(head.labels)
     rows = {"none": test.score(head.labels, head.energy)}
+
+    def add(name, clusters, how=results.VOTE):
+        rows[name] = test.score(vote(head.logits, clusters, how), head.energy)
+
     for share in (20, 10, 5, 3):
-        clusters = head.cluster("features", max(1, count // share))
-        rows[f"features, a cluster for {share} chips"] = test.score(vote(head.logits, clusters), head.energy)
-    for by in ("sequence", "both"):
-        rows[by] = test.score(vote(head.logits, head.cluster(by)), head.energy)
-    rows["both, soft"] = test.score(vote(head.logits, head.clusters, "soft"), head.energy)
+        add(f"features, a cluster for {share} chips", head.cluster("features", max(1, count // share)))
+    add("sequence", head.cluster("sequence"))
+    for how in HOW:
+        add(f"both, {how}", head.cluster("both"), how)
     return rows
 
 
 def confidences(out, seed, test):
-    """Each score of a chip alone, and as the mean of its cluster."""
+    """Each score of a chip alone, as the mean of its cluster, and of the cluster's mean features."""
     head = test.seen(trained(out, seed, HEAD))
-    logits = torch.from_numpy(head.logits)
-    known, labels = head.training_features()
+    known = head.training_features()
     near = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(known))).fit(unit(known))
     gaussians = {name: value.numpy() for name, value in head.source["gaussians"].items()}
     white = np.linalg.cholesky(gaussians["precision"])
     centres = NearestNeighbors(n_neighbors=1).fit(gaussians["mean"] @ white)
-    own = {
-        "energy of the logits": head.energy,
-        "maximum softmax": logits.softmax(1).amax(1).numpy(),
-        "maximum logit": logits.amax(1).numpy(),
-        "nearest neighbours": -near.kneighbors(unit(head.features))[0].mean(1),
-        "Mahalanobis": -centres.kneighbors(head.features @ white)[0][:, 0],
+    kinds = {
+        "energy of the logits": lambda x: energy(head.head(x)),
+        "maximum softmax": lambda x: torch.from_numpy(head.head(x)).softmax(1).amax(1).numpy(),
+        "maximum logit": lambda x: head.head(x).max(1),
+        "nearest neighbours": lambda x: -near.kneighbors(unit(x))[0].mean(1),
+        "Mahalanobis": lambda x: -centres.kneighbors(x @ white)[0][:, 0],
+        "energy on Gaussian features, BACKGROUND=0": lambda x: head.density(x, 0.0),
         "energy on Gaussian features": head.density,
     }
-    chosen = vote(head.logits, head.clusters)
+    clusters = head.cluster("both")
+    labels, together = vote(head.logits, clusters, results.VOTE), cluster_mean(head.features, clusters)
     rows = {}
-    for name, score in own.items():
-        rows[name] = test.score(chosen, score)
-        rows[f"{name}, cluster mean"] = test.score(chosen, cluster_mean(score, head.clusters))
+    for name, score in kinds.items():
+        own = score(head.features)
+        rows[name] = test.score(labels, own)
+        rows[f"{name}, cluster mean"] = test.score(labels, cluster_mean(own, clusters))
+        rows[f"{name}, mean features"] = test.score(labels, score(together))
     return rows
 
 
@@ -256,8 +274,7 @@ class Test:
         self.reference = find_reference(folder)
         self.chips = open_store(self.paths, Path(OUT_DIR, "chips"))
 
-    def seen(self, path, views=None):
-        views = views or tta_views(TURNS, SCALES)
+    def seen(self, path, views=ALL):
         if (path, views) not in self.kept:
             self.kept[path, views] = Seen(path, views, self)
         return self.kept[path, views]
@@ -285,28 +302,32 @@ class Seen:
             self.model, ChipStore(test.chips, torch.device("cpu")), self.size, self.source["grey"], views
         )
         self.logits, self.features = (x.numpy() for x in found)
-        self.labels, self.energy = self.logits.argmax(1), confidence(found[0]).numpy()
+        self.labels, self.energy = self.logits.argmax(1), energy(self.logits)
 
-    @property
-    def density(self):
-        return confidence(log_densities(torch.from_numpy(self.features), self.source["gaussians"])).numpy()
+    def head(self, features):
+        return features @ self.model.head.weight.detach().numpy().T + self.model.head.bias.detach().numpy()
 
-    @property
-    def clusters(self):
-        return self.cluster("both")
+    def density(self, features, background=None):
+        background = results.BACKGROUND if background is None else background
+        found = log_densities(torch.from_numpy(features), self.source["gaussians"], background)
+        return confidence(found).numpy()
 
     def cluster(self, by, count=0):
         return cluster_chips(self.features, self.test.names, by, count)
 
     def training_features(self):
-        """Features [M, D] over the eight flips and rotations of some training chips, and their labels."""
+        """Features [M, D] over the eight flips and rotations of some training chips."""
         pairs = find_pairs(DATA_ROOT, self.source["classes"])
         train, _ = stratified_split(pairs.labels, self.source["val_fraction"])
         train = train[few_of_each(pairs.labels[train], 300)]
         chips = open_store(pairs.sar, Path(OUT_DIR, "chips"))
         store = ChipStore(chips, torch.device("cpu")).subset(train)
-        _, features = predict(self.model, store, self.size, self.source["grey"], tta_views(TURNS, (1.0,)))
-        return features.numpy(), pairs.labels[train]
+        _, features = predict(self.model, store, self.size, self.source["grey"], TURNED)
+        return features.numpy()
+
+
+def energy(logits):
+    return confidence(torch.from_numpy(logits)).numpy()
 
 
 def unit(features):
@@ -321,7 +342,7 @@ def trained(out, seed, name):
     if script == "pretrain.py":
         # A SAR network of its own takes as many optimizer steps as a distilled one.
         sar = "SENSOR=SAR" in settings and not EPOCHS
-        epochs = [f"EPOCHS={default('sar_feature.py', 'EPOCHS')}"] if sar else epochs
+        epochs = [f"EPOCHS={sar_feature.EPOCHS}"] if sar else epochs
         settings += [f"DATA_ROOT={DATA_ROOT}", f"BACKBONE={BACKBONE}", *epochs]
     elif script == "sar_feature.py":
         settings += [f"TEACHER={trained(out, seed, TEACHER)}", *epochs]
@@ -337,12 +358,6 @@ def trained(out, seed, name):
             raise SystemExit(f"{script} {' '.join(settings)} failed:\n{found.stderr}")
         print(f"done: {script} {' '.join(settings)}", flush=True)
     return out / name / "best.pt"
-
-
-def default(script, name):
-    """A constant of a script, as it stands there."""
-    lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
-    return next(line.split("=")[1].split("#")[0].strip() for line in lines if line.startswith(f"{name} = "))
 
 
 def draw(rows):
