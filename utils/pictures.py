@@ -117,9 +117,10 @@ def feature_map(found):
     figure, axis = plt.subplots(figsize=(7.5, 6.5), layout="constrained")
     names = readable(found.classes)
     for label in np.unique(found.labels[chips]):
+        around, index = divmod(label, len(COLOURS))
         axis.scatter(
             *places[found.labels[chips] == label].T, s=16, label=names[label],
-            color=COLOURS[label % len(COLOURS)], marker=MARKERS[label // len(COLOURS) % len(MARKERS)],
+            color=COLOURS[index], marker=MARKERS[(index + around) % len(MARKERS)],
         )  # fmt: skip
     if found.truth is not None and (~found.known[chips]).any():
         axis.scatter(
