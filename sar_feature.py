@@ -46,7 +46,7 @@ FEATURE_WEIGHT = 0.0  # of the same on the softened feature distributions of the
 FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
 LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy
-BALANCE = 0.5  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
+BALANCE = 1.0  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
 JITTER = 0.3  # random contrast and brightness of the SAR chip, in standard deviations
 SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn

@@ -57,13 +57,13 @@ TURNED, ALL = (tta_views(results.ROTATIONS, scales) for scales in ((1.0,), resul
 PLAIN, SCRATCH, TEACHER, STUDENT, HEAD = "plain", "scratch", "teacher", "student", "head"
 NETWORKS = {
     PLAIN: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1"),
-    SCRATCH: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1"),
+    SCRATCH: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1", f"BALANCE={sar_feature.BALANCE}"),
     TEACHER: ("pretrain.py",),
     STUDENT: ("sar_feature.py",),
     HEAD: ("finetune.py",),
     "cross_entropy": ("sar_feature.py", "GAMMA=0"),
     "as_they_are": ("sar_feature.py", "BALANCE=0"),
-    "balanced": ("sar_feature.py", "BALANCE=1"),
+    "half": ("sar_feature.py", "BALANCE=0.5"),
     "no_kl": ("sar_feature.py", "KL_WEIGHT=0"),
     "kl_alone": ("sar_feature.py", "LABEL_WEIGHT=0"),
     "kl_on_features": ("sar_feature.py", "FEATURE_WEIGHT=1"),
@@ -159,8 +159,8 @@ def whole(seen, by="both", logits=None, density=True):
 
 def losses(out, seed, test):
     names = {
-        "focal loss, BALANCE=0.5": STUDENT, "cross-entropy": "cross_entropy",
-        "BALANCE=0": "as_they_are", "BALANCE=1": "balanced",
+        "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy",
+        "BALANCE=0": "as_they_are", "BALANCE=0.5": "half",
     }  # fmt: skip
     return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
 
