@@ -17,6 +17,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
 LEGIBLE = 60  # classes up to which the confusion matrix is drawn with all names and figures
 MAPPED = 1500  # chips on the map of features; of more an even sample
 BINS = 10  # of the reliability diagram
+REACH = 4  # of the histogram of confidences, in ranges of its middle half
 SHOWN = 12  # clusters, and wrong chips, that are shown
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
 MARKERS = "osD^vP*X"
@@ -77,9 +78,11 @@ def reliability(found):
 def energy(found):
     """Confidence of the chips in and out of distribution, with the threshold at 95 % TPR."""
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    inner = np.quantile(found.score, (0.01, 0.99))
-    bins = np.linspace(*inner, 41) if inner[0] < inner[1] else 10
-    clipped = found.score.clip(*inner)
+    # Empty chips lie a hundred times as far out as all others.
+    low, high = np.quantile(found.score, (0.25, 0.75))
+    outer = low - REACH * (high - low), high + REACH * (high - low)
+    clipped = found.score.clip(*outer)
+    bins = np.linspace(clipped.min(), clipped.max(), 41) if low < high else 10
     if found.truth is None:
         axis.hist(clipped, bins, color=COLOURS[0])
     else:
@@ -96,7 +99,7 @@ def energy(found):
             threshold = np.quantile(found.score[found.known], 0.05)
             axis.axvline(threshold, color="grey", linestyle="--", label="95 % of those in pass")
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    axis.set(xlabel="confidence (minus energy); the outer 1 % at the edges", yticks=[])
+    axis.set(xlabel="confidence (minus energy); what lies beyond is at the edges", yticks=[])
     return figure
 
 

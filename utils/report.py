@@ -47,7 +47,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; }}
 td, th {{ border-bottom: 1px solid var(--rule); padding: .25rem .7rem .25rem 0; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }}
-figure {{ margin: 2rem 0; }} img {{ max-width: 100%; height: auto; }}
+figure {{ margin: 2rem 0; overflow-x: auto; }} img {{ max-width: max(100%, 44rem); height: auto; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style></head><body><h1>SAR chips, predicted</h1>
 {body}
