@@ -142,13 +142,13 @@ def test_the_cached_teacher_makes_the_same_student(pipeline, extra):
     """To within the half precision in which its answers are kept."""
     cwd, _ = pipeline
     for cached in (True, False):
-        settings = [f"CACHE_TEACHER={cached}", f"OUT_DIR={cached}", "EPOCHS=3", *extra]
+        settings = [f"CACHE_TEACHER={cached}", f"OUT_DIR={cached}", "EPOCHS=2", *extra]
         must(run_script("sar_feature.py", cwd, *settings))
     outs = ("True/last.pt", "False/last.pt", "runs/pretrain/best.pt")
     one, two, start = (load(cwd / out)["model"] for out in outs)
     apart = sum((one[k] - two[k]).square().sum() for k in one if k.endswith("weight")) ** 0.5
     moved = sum((one[k] - start[k]).square().sum() for k in one if k.endswith("weight")) ** 0.5
-    assert apart < 0.01 * moved, (apart, moved)
+    assert apart < 0.02 * moved, (apart, moved)
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "sar_feature.py", "finetune.py"])
