@@ -67,6 +67,9 @@ NETWORKS = {
     "no_kl": ("sar_feature.py", "KL_WEIGHT=0"),
     "kl_alone": ("sar_feature.py", "LABEL_WEIGHT=0"),
     "kl_on_features": ("sar_feature.py", "FEATURE_WEIGHT=1"),
+    "kl_on_features_alone": ("sar_feature.py", "KL_WEIGHT=0", "FEATURE_WEIGHT=1"),
+    "light_kl": ("sar_feature.py", "KL_WEIGHT=0.3"),
+    "soft_kl": ("sar_feature.py", "TEMPERATURE=4"),
     "head_as_they_are": ("finetune.py", "BALANCED=False"),
     "head_no_kl": ("finetune.py",),
 }
@@ -157,20 +160,11 @@ def whole(seen, by="both", logits=None, density=True):
     return seen.test.score(labels, score)
 
 
-def losses(out, seed, test):
-    names = {
-        "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy",
-        "BALANCE=0": "as_they_are", "BALANCE=0.5": "half",
-    }  # fmt: skip
-    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
-
-
-def transfer(out, seed, test):
-    names = {
-        "SAR from scratch": SCRATCH, "from the EO weights, no KL": "no_kl", "KL alone": "kl_alone",
-        "KL and labels": STUDENT, "KL on features too": "kl_on_features",
-    }  # fmt: skip
-    return {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
+def in_one_view(names):
+    """Measure of a group whose rows are networks, {row: network}, each of which sees a chip once."""
+    return lambda out, seed, test: {
+        name: test.one_view(trained(out, seed, network)) for name, network in names.items()
+    }
 
 
 def heads(out, seed, test):
@@ -255,13 +249,23 @@ def confidences(out, seed, test):
 GROUPS = {
     "step by step": step_by_step,
     "one step less": one_step_less,
-    "loss and sampling (one view)": losses,
-    "from EO to SAR (one view)": transfer,
+    "loss and sampling (one view)": in_one_view({
+        "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy",
+        "BALANCE=0": "as_they_are", "BALANCE=0.5": "half",
+    }),
+    "from EO to SAR (one view)": in_one_view({
+        "SAR from scratch": SCRATCH, "from the EO weights, no KL": "no_kl", "KL alone": "kl_alone",
+        "KL and labels": STUDENT, "KL on features too": "kl_on_features",
+    }),
     "head (one view)": heads,
     "views": views,
     "vote": votes,
     "confidence": confidences,
-}
+    "KL by its settings (one view)": in_one_view({
+        "KL_WEIGHT=0": "no_kl", "KL_WEIGHT=0.3": "light_kl", "KL_WEIGHT=1, TEMPERATURE=2": STUDENT,
+        "TEMPERATURE=4": "soft_kl", "on features alone": "kl_on_features_alone",
+    }),
+}  # fmt: skip
 
 
 class Test:
