@@ -11,7 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 # Of the processes that the tests start.
 os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 FORKED = multiprocessing.get_context("forkserver")
@@ -107,8 +106,20 @@ def pipeline(tiny_demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared():
-    """The folder of real chips beside the checkout."""
-    if not SHARED.is_dir():
-        pytest.skip("the folder shared/ with real chips is not beside this checkout")
-    return SHARED
+def mstar():
+    """EO/SAR pairs of MSTAR, in the layout of 2024."""
+    return real_chips("mstar_pairs")
+
+
+@pytest.fixture(scope="session")
+def unicorn():
+    """SAR chips of UNICORN without labels."""
+    return real_chips("unicorn_sar")
+
+
+def real_chips(name):
+    """A folder of real chips beside the checkout; a test that asks for it is skipped without it."""
+    folder = ROOT.parent / "shared" / name
+    if not folder.is_dir():
+        pytest.skip(f"the real chips shared/{name} are not beside this checkout")
+    return folder

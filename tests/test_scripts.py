@@ -249,12 +249,12 @@ def test_sar_checkpoint_is_no_teacher(pipeline):
     assert process.returncode == 1 and "SAR checkpoint of finetune.py" in process.stderr
 
 
-def test_pipeline_on_real_radar(shared, tmp_path):
+def test_pipeline_on_real_radar(mstar, tmp_path):
     """MSTAR chips: class names that are not the challenge's, test chips from a folder of their own."""
-    must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={shared}/mstar_pairs", "EPOCHS=4"))
+    must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={mstar}", "EPOCHS=4"))
     must(run_script("sar_feature.py", tmp_path, "EPOCHS=4"))
     must(run_script("finetune.py", tmp_path, "EPOCHS=2"))
-    out = must(run_script("results.py", tmp_path, f"TEST_DIR={shared}/mstar_pairs/val", "SCALES=1"))
+    out = must(run_script("results.py", tmp_path, f"TEST_DIR={mstar}/val", "SCALES=1"))
     assert "1133 chips" in out
     steps = list(csv.DictReader(open(tmp_path / "runs/results/steps.csv")))
     assert float(steps[-1]["accuracy"]) > 0.3 and float(steps[-1]["AUROC"]) > 0.7
@@ -262,10 +262,10 @@ def test_pipeline_on_real_radar(shared, tmp_path):
     assert {int(r["class_id"]) for r in rows} <= set(range(8)) and len(rows) == 1133
 
 
-def test_unlabelled_real_chips_give_a_valid_submission(pipeline, shared):
+def test_unlabelled_real_chips_give_a_valid_submission(pipeline, unicorn):
     cwd, _ = pipeline
     chips = cwd / "unicorn"
-    shutil.copytree(shared / "unicorn_sar", chips)
+    shutil.copytree(unicorn, chips)
     (cwd / "unicorn_results").mkdir()
     (cwd / "unicorn_results" / "metrics.json").write_text("of an earlier run")
     must(run_script("results.py", cwd, f"TEST_DIR={chips}", "OUT_DIR=unicorn_results"))

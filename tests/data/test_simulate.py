@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 SMALL = {"sedan": 20, "bus": 4}
-REAL_CHIPS = Path(__file__).resolve().parents[2].parent / "shared" / "unicorn_sar"
 TOLERANCE = 0.15
 
 
@@ -33,10 +32,8 @@ def sar_chips(demo):
 
 
 @pytest.fixture(scope="module")
-def real_chips():
-    if not REAL_CHIPS.is_dir():
-        pytest.skip("the real UNICORN chips are not beside this checkout")
-    return _grey_levels(REAL_CHIPS.glob("*.png"))
+def real_chips(unicorn):
+    return _grey_levels(unicorn.glob("*.png"))
 
 
 def _read(path):
