@@ -104,7 +104,7 @@ def main():
 
     checkpoint = source | {
         "stage": "finetune", "settings": settings, "data_root": root, "gaussians": gaussians,
-        "made_from": made_from(pairs, source["model"]),
+        "made_from": made_from(pairs, source),
     }  # fmt: skip
     fit(
         model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),

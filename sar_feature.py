@@ -130,7 +130,7 @@ def main():
     checkpoint = source | {
         "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
         "scales": TRAIN_SCALES, "grey": sar_grey, "data_root": root,
-        "made_from": made_from(pairs, source["model"]),
+        "made_from": made_from(pairs, source),
     }  # fmt: skip
     fit(
         student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),

@@ -89,7 +89,7 @@ def test_stage(pipeline, tiny_demo, monkeypatch, script, settings):
     monkeypatch.setattr("utils.checkpoint._finite", lambda tensors: True)
     monkeypatch.setattr("utils.checkpoint.checksum", lambda value: ANY)
     monkeypatch.setattr("utils.energy.fit_gaussians", lambda features, labels, counts: {})
-    monkeypatch.setattr("utils.resume.made_from", lambda pairs, weights=None: "")
+    monkeypatch.setattr("utils.resume.made_from", lambda pairs, source=None: "")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
     monkeypatch.chdir(cwd)
     arguments = [script, f"DATA_ROOT={tiny_demo}", "DEVICE=cuda", "OUT_DIR=fake", *settings]

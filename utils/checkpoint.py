@@ -76,6 +76,7 @@ def save_checkpoint(path, checkpoint, keep=False):
     keep: leave the file that was there as NAME.previous.pt.
     """
     whole, written = {"format": FORMAT, **checkpoint}, io.BytesIO()
+    whole.pop("checksum", None)  # of the checkpoint that this one is made from
     torch.save(whole | {"checksum": checksum(whole)}, written)  # which says less of a full disk than a file
     previous = Path(path).with_suffix(".previous.pt") if keep else None
     with whole_file(path, "wb", keep=previous) as file:
@@ -83,7 +84,7 @@ def save_checkpoint(path, checkpoint, keep=False):
 
 
 def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature", "finetune"), whole=False):
-    """Read the checkpoint of an earlier stage; nothing in it is executed.
+    """Read the checkpoint of an earlier stage, its "checksum" with it; nothing in it is executed.
 
     Args:
         path: file written by save_checkpoint.
@@ -101,7 +102,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written = checkpoint.pop("checksum", None) if isinstance(checkpoint, dict) else None
-        sound = written is None or written == checksum(checkpoint)
+        found = checksum(checkpoint)
     except Exception as error:  # a damaged file fails in many ways
         # torch would go on to say how to run what is in the file.
         code = "damaged, or with code in it, which is not run"
@@ -113,7 +114,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         raise CheckpointError(f"{path} is not a checkpoint of this project; make one: python {script}")
     if checkpoint["format"] > FORMAT:
         raise CheckpointError(f"{path} was written by a newer version; update this project")
-    if not sound:
+    if written not in (None, found):
         raise CheckpointError(f"{path} is damaged: its checksum is wrong; make it anew: python {script}")
     wrong = _wrong(checkpoint, KEYS)
     wrong = wrong or [x for x in ("class_ids", "counts") if len(checkpoint[x]) != len(checkpoint["classes"])]
@@ -138,7 +139,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         )
     if not whole:
         checkpoint.pop("run", None)
-    return checkpoint
+    return checkpoint | {"checksum": found}
 
 
 def checksum(value):

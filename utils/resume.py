@@ -68,9 +68,9 @@ def take_up(out_dir, checkpoint, batch, resume):
     return None
 
 
-def made_from(pairs, weights=None):
-    """A hash of what a run is made from: the labels of its pairs, and the weights of the stage before."""
-    return checksum([pairs.labels.tobytes(), weights])
+def made_from(pairs, source=None):
+    """A hash of what a run is made from: the labels of its pairs, and the checkpoint of the stage before."""
+    return checksum([pairs.labels.tobytes(), source and source["checksum"]])
 
 
 def _newest(out_dir):
