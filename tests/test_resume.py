@@ -9,6 +9,7 @@ import sys
 import time
 
 from tests.conftest import ROOT, load, must, run_python, run_script, same
+from utils.checkpoint import save_checkpoint
 from utils.resume import take_up
 
 import pytest
@@ -136,6 +137,18 @@ def test_a_finished_run_is_not_repeated_and_not_overwritten(pipeline, tiny_demo)
     assert (cwd / "finished.1/last.pt").read_bytes() == first
     must(run_script("pretrain.py", cwd, *settings, "SEED=5", "RESUME=False"))
     assert (cwd / "finished.2/last.pt").exists()
+
+
+def test_a_run_from_another_checkpoint_is_another_run(pipeline, tiny_demo):
+    cwd, _ = pipeline
+    settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=1", "OUT_DIR=taught", "TEACHER=teacher.pt"]
+    teacher = load(cwd / "runs/pretrain/best.pt")
+    for kept in (0, 0, 1):
+        if kept:
+            teacher["model"]["head.bias"] += 1
+        save_checkpoint(cwd / "teacher.pt", teacher)
+        must(run_script("sar_feature.py", cwd, *settings))
+        assert len(list(cwd.glob("taught.*"))) == kept
 
 
 def test_an_unfinished_run_with_other_settings_ends_with_a_sentence(pipeline, tiny_demo):
