@@ -8,20 +8,20 @@ from functools import partial
 from itertools import chain, product
 
 from data.augment import VIEWS
-from data.feed import Feed
+from data.batches import Feed
 from data.layouts import find_pairs, find_validation
 from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified_split
 from data.store import open_store, place_stores, unreadable
 from models.focal import focal_loss
-from utils.checkpoint import build_model, load_checkpoint
-from utils.energy import fit_gaussians
-from utils.frozen import FrozenCache
-from utils.predict import scaled, view_features
-from utils.ranks import equal_share, gathered, part, rank
-from utils.resume import chips_a_step, made_from
-from utils.settings import check_values, read_settings, run
-from utils.training import announce, choose_device, fit
-from utils.validation import validation
+from utils.predict.ood import fit_gaussians
+from utils.predict.tta import scaled, view_features
+from utils.run.checkpoint import build_model, load_checkpoint
+from utils.run.ranks import equal_share, gathered, part, rank
+from utils.run.resume import chips_a_step, made_from
+from utils.run.settings import check_values, read_settings, run
+from utils.train.frozen import FrozenCache
+from utils.train.loop import announce, choose_device, fit
+from utils.train.validation import validation
 
 import numpy as np
 import torch

@@ -7,19 +7,19 @@ import math
 from functools import partial
 
 from data.augment import jitter, normalise, resize, speckle, turn
-from data.demo import ensure_demo
-from data.feed import Feed
+from data.batches import Feed
+from data.demo.writer import ensure_demo
 from data.layouts import find_pairs, find_validation
 from data.sampler import WeightedStream, stratified_split
 from data.store import grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
-from utils.predict import scaled
-from utils.ranks import part
-from utils.resume import chips_a_step, made_from
-from utils.settings import check, check_values, read_settings, run
-from utils.training import announce, choose_device, fit
-from utils.validation import validation
+from utils.predict.tta import scaled
+from utils.run.ranks import part
+from utils.run.resume import chips_a_step, made_from
+from utils.run.settings import check, check_values, read_settings, run
+from utils.train.loop import announce, choose_device, fit
+from utils.train.validation import validation
 
 import torch
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
 from data.store import open_store, place_stores, unreadable
-from utils.checkpoint import build_model, load_checkpoint
-from utils.cluster import BY, HOW, chip_numbers, cluster_chips, vote
-from utils.energy import cluster_mean, confidence, log_densities
-from utils.metrics import undefined
-from utils.predict import IDENTITY, predict, scaled, tta_views
-from utils.ranks import rank
-from utils.report import Found, forget_scores, save_scores, table, write_report
-from utils.settings import check, check_values, read_settings, run
-from utils.submission import write_submission
-from utils.training import choose_device
+from utils.predict.clusters import BY, HOW, chip_numbers, cluster_chips, vote
+from utils.predict.ood import cluster_mean, confidence, log_densities
+from utils.predict.submission import write_submission
+from utils.predict.tta import IDENTITY, predict, scaled, tta_views
+from utils.report.metrics import undefined
+from utils.report.page import Found, forget_scores, save_scores, table, write_report
+from utils.run.checkpoint import build_model, load_checkpoint
+from utils.run.ranks import rank
+from utils.run.settings import check, check_values, read_settings, run
+from utils.train.loop import choose_device
 
 import numpy as np
 import torch

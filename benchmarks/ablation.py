@@ -21,16 +21,16 @@ sys.path.insert(0, str(ROOT))
 
 import results  # noqa: E402
 import sar_feature  # noqa: E402
-from data.demo import ensure_demo  # noqa: E402
+from data.demo.writer import ensure_demo  # noqa: E402
 from data.layouts import find_chips, find_pairs, find_reference, find_test, read_labelled  # noqa: E402
 from data.sampler import few_of_each, stratified_split  # noqa: E402
 from data.store import ChipStore, open_store  # noqa: E402
-from utils.checkpoint import build_model, load_checkpoint  # noqa: E402
-from utils.cluster import HOW, cluster_chips, vote  # noqa: E402
-from utils.energy import cluster_mean, confidence, log_densities  # noqa: E402
-from utils.metrics import scores  # noqa: E402
-from utils.predict import IDENTITY, predict, tta_views  # noqa: E402
-from utils.settings import read_settings, run  # noqa: E402
+from utils.predict.clusters import HOW, cluster_chips, vote  # noqa: E402
+from utils.predict.ood import cluster_mean, confidence, log_densities  # noqa: E402
+from utils.predict.tta import IDENTITY, predict, tta_views  # noqa: E402
+from utils.report.metrics import scores  # noqa: E402
+from utils.run.checkpoint import build_model, load_checkpoint  # noqa: E402
+from utils.run.settings import read_settings, run  # noqa: E402
 
 import matplotlib  # noqa: E402
 

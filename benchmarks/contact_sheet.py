@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.demo import DEMO_ROOT, ensure_demo
+from data.demo.simulator import SAR_PIXELS
+from data.demo.writer import DEMO_ROOT, ensure_demo
 from data.layouts import OFFICIAL_CLASSES
-from data.simulate import SAR_PIXELS
 
 PAIRS = 4  # per class
 OOD_ROWS = 2

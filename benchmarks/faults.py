@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.demo import write_demo  # noqa: E402
-from utils.checkpoint import checksum, load_checkpoint  # noqa: E402
-from utils.settings import read_settings, run  # noqa: E402
+from data.demo.writer import write_demo  # noqa: E402
+from utils.run.checkpoint import checksum, load_checkpoint  # noqa: E402
+from utils.run.settings import read_settings, run  # noqa: E402
 
 SEED = 0  # of the random moments
 KILLS = 30  # of the three training scripts together
@@ -45,7 +45,7 @@ OFTEN = ["BATCH_SIZE=16", "SAVE_EVERY_MIN=0"]  # a checkpoint is written at ever
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
 SENTENCE = re.compile(r"^\S+\.py: .+$", re.MULTILINE)  # how scripts end that were refused something
 WRITE_DEMO = (  # as ensure_demo does, but a small one
-    "import os; from data.demo import write_demo; os.path.exists('datasets/demo') or "
+    "import os; from data.demo.writer import write_demo; os.path.exists('datasets/demo') or "
     f"write_demo('datasets/demo', train_counts={TRAIN}, val_scenes=4, test_scenes=4)"
 )
 WRITE_STORE = (

@@ -23,13 +23,13 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.feed import Feed  # noqa: E402
+from data.batches import Feed  # noqa: E402
 from data.layouts import OFFICIAL_CLASSES, find_pairs  # noqa: E402
 from data.sampler import BalancedStream, WeightedStream  # noqa: E402
 from data.store import ChipStore, fingerprint, open_store  # noqa: E402
 from models.backbone import Classifier  # noqa: E402
-from utils.cluster import cluster_chips, vote  # noqa: E402
-from utils.settings import read_settings, run  # noqa: E402
+from utils.predict.clusters import cluster_chips, vote  # noqa: E402
+from utils.run.settings import read_settings, run  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -224,7 +224,7 @@ def cluster_memory():
 
 def trained(script, *settings, steps):
     """Run a script with so many steps of its loop, without validation and files."""
-    from utils.training import fit
+    from utils.train.loop import fit
 
     def few_steps(model, loss_of, validate, **options):
         found = {"accuracy": 0.0, "mean per-class accuracy": 0.0}
@@ -232,7 +232,7 @@ def trained(script, *settings, steps):
 
     settings = ["DATA_ROOT=large", "STORE_DIR=chips", "OUT_DIR=out", *settings]
     with (
-        mock.patch("utils.training.fit", few_steps),
+        mock.patch("utils.train.loop.fit", few_steps),
         mock.patch.object(sys, "argv", [script, *settings]),
         mock.patch("builtins.print"),
     ):

@@ -23,16 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data.augment import jitter, normalise, resize, to_input, turn  # noqa: E402
-from data.demo import write_demo  # noqa: E402
-from data.feed import Feed  # noqa: E402
+from data.batches import Feed  # noqa: E402
+from data.demo.writer import write_demo  # noqa: E402
 from data.layouts import find_pairs  # noqa: E402
 from data.sampler import WeightedStream  # noqa: E402
 from data.store import CHUNK, ChipStore, open_store, place_stores  # noqa: E402
 from models.backbone import Classifier  # noqa: E402
-from utils.checkpoint import save_checkpoint  # noqa: E402
-from utils.predict import autocast, predict, scaled, tta_views  # noqa: E402
-from utils.settings import read_settings, run  # noqa: E402
-from utils.training import choose_device, fit  # noqa: E402
+from utils.predict.tta import autocast, predict, scaled, tta_views  # noqa: E402
+from utils.run.checkpoint import save_checkpoint  # noqa: E402
+from utils.run.settings import read_settings, run  # noqa: E402
+from utils.train.loop import choose_device, fit  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -183,7 +183,7 @@ def twenty_epochs_of_the_head(all_views, backbone, size):
         settings = ["EPOCHS=20", f"DEVICE={device}", "STUDENT=teacher.pt", f"ALL_VIEWS={all_views}"]
 
         def every_step():
-            with mock.patch("utils.frozen.FrozenCache", lambda answer, *rest, **options: answer):
+            with mock.patch("utils.train.frozen.FrozenCache", lambda answer, *rest, **options: answer):
                 return script("finetune.py", *settings)
 
         return alternate(lambda: script("finetune.py", *settings), every_step, device)
@@ -317,7 +317,7 @@ def script(name, *settings):
 
 def captured(name, *settings):
     """The model, loss_of and options that a script hands to its training loop."""
-    with mock.patch("utils.training.fit") as loop:
+    with mock.patch("utils.train.loop.fit") as loop:
         script(name, *settings)
     (model, loss_of, _), options = loop.call_args
     return model, loss_of, options
@@ -333,9 +333,9 @@ def fitted(model, loss_of, options, steps=STEPS):
 @contextlib.contextmanager
 def training_alone():
     with (
-        mock.patch("utils.training.save_checkpoint"),
-        mock.patch("utils.training.plot_history"),
-        mock.patch("utils.validation.validation", lambda *_: unvalidated),
+        mock.patch("utils.train.loop.save_checkpoint"),
+        mock.patch("utils.train.loop.plot_history"),
+        mock.patch("utils.train.validation.validation", lambda *_: unvalidated),
     ):
         yield
 

@@ -20,9 +20,9 @@ from data.errors import DataError
 from data.layouts import Labelled
 from data.store import open_store
 from tests.conftest import ROOT
-from utils.checkpoint import FORMAT, KEYS
-from utils.pictures import confusion, recall
-from utils.report import Found
+from utils.report.page import Found
+from utils.report.pictures import confusion, recall
+from utils.run.checkpoint import FORMAT, KEYS
 
 import numpy as np
 import pytest

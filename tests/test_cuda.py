@@ -12,8 +12,8 @@ from data.augment import _positions
 from data.store import ChipStore
 from models.backbone import Classifier
 from tests.conftest import ROOT
-from utils.energy import confidence, log_densities
-from utils.predict import autocast, predict, tta_views
+from utils.predict.ood import confidence, log_densities
+from utils.predict.tta import autocast, predict, tta_views
 
 import numpy as np
 import pytest
@@ -84,12 +84,12 @@ def move_by_replacing(monkeypatch):
 def test_stage(pipeline, tiny_demo, monkeypatch, script, settings):
     cwd, _ = pipeline
     forward_and_step.ran = False
-    monkeypatch.setattr("utils.training.fit", forward_and_step)
+    monkeypatch.setattr("utils.train.loop.fit", forward_and_step)
     # These need numbers, which fake tensors do not have.
-    monkeypatch.setattr("utils.checkpoint._finite", lambda tensors: True)
-    monkeypatch.setattr("utils.checkpoint.checksum", lambda value: ANY)
-    monkeypatch.setattr("utils.energy.fit_gaussians", lambda features, labels, counts: {})
-    monkeypatch.setattr("utils.resume.made_from", lambda pairs, source=None: "")
+    monkeypatch.setattr("utils.run.checkpoint._finite", lambda tensors: True)
+    monkeypatch.setattr("utils.run.checkpoint.checksum", lambda value: ANY)
+    monkeypatch.setattr("utils.predict.ood.fit_gaussians", lambda features, labels, counts: {})
+    monkeypatch.setattr("utils.run.resume.made_from", lambda pairs, source=None: "")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
     monkeypatch.chdir(cwd)
     arguments = [script, f"DATA_ROOT={tiny_demo}", "DEVICE=cuda", "OUT_DIR=fake", *settings]

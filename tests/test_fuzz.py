@@ -8,8 +8,8 @@ from data.layouts import find_reference, read_labelled
 from data.store import decode
 from models.backbone import BackboneError, Classifier
 from tests.conftest import ROOT
-from utils.checkpoint import FORMAT, KEYS, build_model, load_checkpoint, save_checkpoint
-from utils.settings import CheckpointError, SettingError, check_values, read_settings
+from utils.run.checkpoint import FORMAT, KEYS, build_model, load_checkpoint, save_checkpoint
+from utils.run.settings import CheckpointError, SettingError, check_values, read_settings
 
 import numpy as np
 import pytest

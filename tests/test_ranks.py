@@ -4,7 +4,7 @@ import csv
 import shutil
 
 from data.augment import jitter, speckle
-from data.feed import Feed
+from data.batches import Feed
 from data.sampler import BalancedStream, WeightedStream
 from tests.conftest import ROOT, load, must, run_ranks, run_script
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
-from utils.ranks import agreed, averaging, equal_share, from_first, gathered, joined, rank
+from utils.run.ranks import agreed, averaging, equal_share, from_first, gathered, joined, rank
 with joined():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
@@ -115,16 +115,16 @@ def read(path):
 HASHED = """
 import runpy, sys
 import torch.distributed as dist
-import utils.training
-from utils.checkpoint import checksum
-fit = utils.training.fit
+import utils.train.loop
+from utils.run.checkpoint import checksum
+fit = utils.train.loop.fit
 def told(model, *rest, **options):
     found = fit(model, *rest, **options)
     all_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(all_ranks, checksum(model.state_dict()))
     print("hashes", *all_ranks)
     return found
-utils.training.fit = told
+utils.train.loop.fit = told
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -151,8 +151,8 @@ def test_the_ranks_weights_are_the_same_bit_for_bit_and_another_number_goes_on(t
 # One of the ranks gets a signal; all leave at the same step.
 STOPPED = """
 import os, runpy, signal, sys
-from utils.ranks import rank
-from utils.training import Learner
+from utils.run.ranks import rank
+from utils.train.loop import Learner
 take = Learner.step
 def step(self, number):
     if number == {after} and rank() == 1:
@@ -172,17 +172,17 @@ def write(path, text):
 # An error of the second rank alone, while the first waits for it.
 FAILING = """
 import runpy, sys
-from utils.ranks import rank
-import utils.validation
+from utils.run.ranks import rank
+import utils.train.validation
 from data.errors import DataError
 def fails(*rest):
     def validate(model):
         if rank() == 1:
             raise DataError("chip 7 of rank 1 is gone")
         return before(*rest)(model)
-    before = utils.validation.found
+    before = utils.train.validation.found
     return validate
-utils.validation.found, utils.validation.validation = utils.validation.validation, fails
+utils.train.validation.found, utils.train.validation.validation = utils.train.validation.validation, fails
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -9,15 +9,15 @@ import sys
 import time
 
 from tests.conftest import ROOT, load, must, run_python, run_script, same
-from utils.checkpoint import save_checkpoint
-from utils.resume import take_up
+from utils.run.checkpoint import save_checkpoint
+from utils.run.resume import take_up
 
 import pytest
 
 # Runs a script that gets a signal at a step, or (signal 0) whose losses are not finite from there on.
 STOPPED = """
 import os, runpy, sys
-from utils.training import Learner
+from utils.train.loop import Learner
 take, at, number = Learner.step, int(sys.argv[1]), int(sys.argv[2])
 def step(self, place):
     if place == at and number:

@@ -13,7 +13,7 @@ from data.layouts import find_pairs
 from data.sampler import BalancedStream, stratified_split
 from data.store import open_store
 from tests.conftest import ROOT, load, must, run_script, same
-from utils.checkpoint import build_model
+from utils.run.checkpoint import build_model
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkey
     def capture(model, loss_of, validate, **options):
         seen.update(model=model, loss_of=loss_of)
 
-    monkeypatch.setattr("utils.training.fit", capture)
+    monkeypatch.setattr("utils.train.loop.fit", capture)
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["finetune.py", "OUT_DIR=other", "BATCH_SIZE=24"])
     runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
@@ -127,7 +127,7 @@ def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
         teachers.append(build_model(*arguments))
         return teachers[-1]
 
-    monkeypatch.setattr("utils.checkpoint.build_model", capture)
+    monkeypatch.setattr("utils.run.checkpoint.build_model", capture)
     monkeypatch.chdir(cwd)
     settings = ["EPOCHS=1", "OUT_DIR=other", "FEATURE_WEIGHT=1", "WEIGHT_DECAY=0.5"]
     monkeypatch.setattr(sys, "argv", ["sar_feature.py", *settings])

@@ -2,7 +2,7 @@ import csv
 import io
 import zipfile
 
-from utils.submission import write_submission
+from utils.predict.submission import write_submission
 
 
 def test_read_back_by_an_independent_reader(tmp_path):

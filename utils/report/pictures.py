@@ -1,6 +1,6 @@
-"""The pictures of a prediction, one function each; `utils.report` puts them on a page.
+"""The pictures of a prediction, one function each; `utils.report.page` puts them on a page.
 
-Each takes what was found (`utils.report.Found`) and draws on a figure of its own. Colours are those
+Each takes what was found (`utils.report.page.Found`) and draws on a figure of its own. Colours are those
 of Okabe and Ito, which the colour-blind tell apart, with a marker each beside them.
 """
 

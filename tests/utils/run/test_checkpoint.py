@@ -1,8 +1,8 @@
 import pickle
 
 from models.backbone import Classifier
-from utils.checkpoint import FORMAT, build_model, load_checkpoint, save_checkpoint
-from utils.settings import CheckpointError
+from utils.run.checkpoint import FORMAT, build_model, load_checkpoint, save_checkpoint
+from utils.run.settings import CheckpointError
 
 import pytest
 import torch

@@ -8,9 +8,9 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
-from utils import pictures
-from utils.files import whole_file
-from utils.metrics import intervals, scores
+from utils.report import pictures
+from utils.report.metrics import intervals, scores
+from utils.run.files import whole_file
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -86,7 +86,7 @@ class Found:
 
     @cached_property
     def scores(self):
-        """{step: scores of utils.metrics}, with truth."""
+        """{step: scores of utils.report.metrics}, with truth."""
         return {
             name: scores(*stage, self.truth.labels, self.truth.ood) for name, stage in self.stages.items()
         }

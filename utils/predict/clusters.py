@@ -9,7 +9,7 @@ them. So the numbers give the scenes, and the features say which scenes to split
 import re
 from pathlib import PurePath
 
-from utils.settings import SettingError
+from utils.run.settings import SettingError
 
 import numpy as np
 from scipy.linalg import eigh

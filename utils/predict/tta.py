@@ -2,8 +2,8 @@
 
 from data.augment import to_input, turn
 from data.store import to_device
-from utils.ranks import equal_share, gathered, rank
-from utils.settings import SettingError
+from utils.run.ranks import equal_share, gathered, rank
+from utils.run.settings import SettingError
 
 import torch
 from tqdm import tqdm

@@ -4,9 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+from data.demo.simulator import simulate_pair, simulate_scene
 from data.layouts import OFFICIAL_CLASSES
 from data.lock import locked
-from data.simulate import simulate_pair, simulate_scene
 
 import numpy as np
 from PIL import Image

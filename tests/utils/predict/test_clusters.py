@@ -1,4 +1,4 @@
-from utils.cluster import HOW, cluster_chips, vote
+from utils.predict.clusters import HOW, cluster_chips, vote
 
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from models.backbone import BackboneError
-from utils.ranks import joined
+from utils.run.ranks import joined
 
 
 class SettingError(ValueError):

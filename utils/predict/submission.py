@@ -4,7 +4,7 @@ import csv
 import zipfile
 from pathlib import Path
 
-from utils.files import whole_file
+from utils.run.files import whole_file
 
 
 def write_submission(out_dir, image_ids, class_ids, confidences, seconds_per_image, on_gpu, description):

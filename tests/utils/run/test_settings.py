@@ -1,6 +1,6 @@
 import runpy
 
-from utils.settings import SettingError, parse, read_settings
+from utils.run.settings import SettingError, parse, read_settings
 
 import pytest
 

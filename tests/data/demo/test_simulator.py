@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data import demo as demo_set
 from data import simulate
-from data.demo import TRAIN_COUNTS, ensure_demo, write_demo
+from data.demo.writer import TRAIN_COUNTS, ensure_demo, write_demo
 from data.layouts import OFFICIAL_CLASSES
 
 import numpy as np

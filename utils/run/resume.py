@@ -5,10 +5,10 @@ import os
 import signal
 from pathlib import Path
 
-from utils.checkpoint import checksum, load_checkpoint
-from utils.files import remove_parts
-from utils.ranks import from_first, ranks
-from utils.settings import CheckpointError, SettingError, check
+from utils.run.checkpoint import checksum, load_checkpoint
+from utils.run.files import remove_parts
+from utils.run.ranks import from_first, ranks
+from utils.run.settings import CheckpointError, SettingError, check
 
 # Settings that change where and how a run computes, not what. BATCH_SIZE goes by its sum over the ranks.
 FREE = {"OUT_DIR", "STORE_DIR", "DEVICE", "CHIP_MEMORY_GB", "COMPILE", "RESUME", "SAVE_EVERY_MIN"}

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 from data.errors import named
-from utils.checkpoint import save_checkpoint
-from utils.files import whole_file
-from utils.predict import autocast
-from utils.ranks import agreed, averaging, from_first, rank, ranks, summed
-from utils.report import event_writer, plot_history, write_events
-from utils.resume import stop_signals, take_up
-from utils.settings import SettingError
+from utils.predict.tta import autocast
+from utils.report.page import event_writer, plot_history, write_events
+from utils.run.checkpoint import save_checkpoint
+from utils.run.files import whole_file
+from utils.run.ranks import agreed, averaging, from_first, rank, ranks, summed
+from utils.run.resume import stop_signals, take_up
+from utils.run.settings import SettingError
 
 import torch
 from timm.optim import param_groups_weight_decay

@@ -9,8 +9,8 @@ from pickle import UnpicklingError
 
 from data.errors import named, reason
 from models.backbone import Classifier
-from utils.files import whole_file
-from utils.settings import CheckpointError
+from utils.run.files import whole_file
+from utils.run.settings import CheckpointError
 
 import torch
 

@@ -1,6 +1,6 @@
 from data.store import ChipStore
 from models.backbone import Classifier
-from utils.predict import predict, tta_views, view_features
+from utils.predict.tta import predict, tta_views, view_features
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-from utils.energy import cluster_mean, confidence, fit_gaussians, log_densities
+from utils.predict.ood import cluster_mean, confidence, fit_gaussians, log_densities
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-from data.feed import Feed
+from data.batches import Feed
 from data.sampler import WeightedStream
 from data.store import ChipStore
 

@@ -1,4 +1,4 @@
-from utils.metrics import scores
+from utils.report.metrics import scores
 
 import numpy as np
 import pytest

@@ -2,8 +2,8 @@
 
 from data.errors import DataError
 from data.store import open_store, place_stores, unreadable
-from utils.metrics import class_mean_accuracy
-from utils.predict import predict
+from utils.predict.tta import predict
+from utils.report.metrics import class_mean_accuracy
 
 import numpy as np
 import torch
