@@ -3,30 +3,34 @@
 python finetune.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
 """
 
-import math
 from functools import partial
 from itertools import chain, product
 
 from data.augment import VIEWS
-from data.batches import Feed
-from data.layouts import find_pairs, find_validation
+from data.batches import Batches
+from data.layouts import find_pairs
 from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified_split
 from data.store import open_store, place_stores, unreadable
 from models.focal import focal_loss
-from utils.predict.ood import fit_gaussians
+from utils.predict.ood import fit_scores
 from utils.predict.tta import scaled, view_features
-from utils.run.checkpoint import build_model, load_checkpoint
-from utils.run.ranks import equal_share, gathered, part, rank
-from utils.run.resume import chips_a_step, made_from
-from utils.run.settings import check_values, read_settings, run
-from utils.train.frozen import FrozenCache
-from utils.train.loop import announce, choose_device, fit
-from utils.train.validation import validation
+from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
+from utils.run.device import choose_device, compile_backbone
+from utils.run.identity import made_from
+from utils.run.ranks import gather_over_ranks, rank, share_of_rank, world_size
+from utils.run.resume import Run
+from utils.run.settings import read_settings
+from utils.run.start import run as run_script
+from utils.train.feature_cache import FrozenCache
+from utils.train.learner import Learner, Optimization
+from utils.train.loop import fit
+from utils.train.validation import Validation, labelled_chips
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+# Ranges and choices of the constants: utils/run/rules.py
 STUDENT = "runs/sar_feature/best.pt"  # SAR checkpoint of sar_feature.py
 DATA_ROOT = ""  # folder of the data set; empty: the student's
 OUT_DIR = "runs/finetune"  # where the outputs go
@@ -39,7 +43,8 @@ WEIGHT_DECAY = 0.05  # of AdamW; higher keeps the head smaller
 BALANCED = True  # True draws every class equally often, False the chips as they are
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
-GAUSSIAN_CHIPS = 1000  # most chips of a class that show how its features are spread
+OOD_CHIPS = 1000  # most chips of a class that the out-of-distribution scores are fitted on
+BACKGROUND = 0.75  # of the Gaussian energy: share of all chips' log density taken off each class's; 0 = none
 ALL_VIEWS = True  # True: all flips, rotations and trained scales of a chip; False: the chip as it is
 SEED = 0  # fixes everything random
 RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
@@ -53,68 +58,68 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 def main():
     settings = read_settings(globals())
-    check_values(settings)
-    device = choose_device(DEVICE)
+    device, run = choose_device(DEVICE), Run("finetune", settings)
     torch.manual_seed(SEED)
-    batch = chips_a_step(OUT_DIR, settings)
 
     source = load_checkpoint(STUDENT, "sar_feature.py", sensor="SAR")
-    root = DATA_ROOT or source["data_root"]
+    size, side, grey = source["image_size"], source["chip_side"], source["grey"]
+    root = choose_data_root(DATA_ROOT, source, STUDENT)
     pairs = find_pairs(root, source["classes"])
-    labelled = find_validation(root, pairs.classes)
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
-    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD)
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
-    (sar,) = place_stores(device, CHIP_MEMORY_GB, chips)
-    draws = BalancedStream if BALANCED else partial(WeightedStream, balance=0.0)
-    stream = draws(pairs.labels[train], batch, seed=SEED)
-    feed = Feed(stream, train, pairs.labels, device, part=part())
-    steps = math.ceil(len(train) / batch)
-
     if NEW_HEAD:
         model.head.reset_parameters()
-    # At every scale that the student knows, one a step, or the head would forget the others.
-    scales = source["scales"] if ALL_VIEWS else (1.0,)
-    turns = range(VIEWS if ALL_VIEWS else 1)
+    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side)
+    if not run.begin(made_from(__file__, pairs, [chips], source=source)):
+        return run.announce("results.py", "CHECKPOINT")
+    train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
+    (sar,) = place_stores(device, CHIP_MEMORY_GB, chips)
+    labels, sar_train = pairs.labels[train], sar.subset(train)
+    stream = (
+        BalancedStream(labels, run.batch_size, SEED) if BALANCED
+        else WeightedStream(labels, run.batch_size, 0.0, SEED)
+    )  # fmt: skip
+    paths = [pairs.sar[i] for i in train]
+    batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
-    def draw(step):
-        chosen, views = feed.draw(step)
-        return chosen, views % len(turns)
-
-    # The frozen backbone gives the same features in every epoch: they are computed once.
-    known = train[few_of_each(pairs.labels[train], GAUSSIAN_CHIPS)]
-    mine = known[equal_share(len(known))]
-    fitted = [(mine, np.full(len(mine), view)) for view in turns]
+    # The frozen backbone gives the same features in every epoch: they are computed once, at every
+    # scale that the student knows. A step takes one of them, or the head would forget the others.
+    scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
+    fitted_on = few_of_each(labels, OOD_CHIPS)  # the chips that the OOD scores are fitted on
+    of_rank = fitted_on[share_of_rank(len(fitted_on))]
+    in_views = [(of_rank, np.full(len(of_rank), view)) for view in range(views)]
 
     def features_at(first, scale):
-        requests = chain(fitted, map(draw, range(first, EPOCHS * steps, len(scales))))
-        see = partial(view_features, model, sar, scaled(source["image_size"], scale), source["grey"])
-        return FrozenCache(see, requests, len(pairs.labels), BATCH_SIZE, device, memory_gb=CHIP_MEMORY_GB)
+        """Cached features at a scale, which the steps first, first + len(scales), ... take."""
+        drawn = ((indices, drawn_views % views) for indices, drawn_views in batches.draws(first, len(scales)))
+        features = partial(view_features, model, sar_train, scaled(size, scale), grey)
+        return FrozenCache(
+            features, chain(in_views, drawn), len(train), BATCH_SIZE, device, memory_gb=CHIP_MEMORY_GB
+        )
 
-    features = list(map(features_at, range(len(scales)), scales))
-    views = tqdm(list(product(features, fitted)), desc="features", unit=" views", disable=rank() > 0)
-    mean = sum(seen(*request).float() for seen, request in views) / len(views)
-    counts = np.bincount(pairs.labels[train], minlength=len(pairs.classes))
-    gaussians = fit_gaussians(gathered(mean, len(known)).cpu(), pairs.labels[known], counts)
+    features = [features_at(first, scale) for first, scale in enumerate(scales)]
+    requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0)
+    mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
+    mean = gather_over_ranks(mean, len(fitted_on)).cpu()
+    counts = np.bincount(labels, minlength=len(pairs.classes))
 
-    def loss_of(step):
-        _, truth = feed(step)
-        logits = model.head(features[step % len(scales)](*draw(step)))
-        return focal_loss(logits, truth, GAMMA), logits, truth
+    def loss_of(batch):
+        at_scale = features[batch.step % len(scales)]
+        logits = model.head(at_scale(batch.indices, batch.host_views % views))
+        return focal_loss(logits, batch.labels, GAMMA), logits, batch.labels
 
-    checkpoint = source | {
-        "stage": "finetune", "settings": settings, "data_root": root, "gaussians": gaussians,
-        "made_from": made_from(pairs, source),
+    contents = source | {
+        "ood": fit_scores(mean, labels[fitted_on], counts, BACKGROUND), "data_root": root,
+        "views": tuple((view, scale) for scale in scales for view in range(views)),
     }  # fmt: skip
-    fit(
-        model, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
-        epochs=EPOCHS, steps=steps, batch=batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
-        seed=SEED, out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
-        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, tensorboard=TENSORBOARD,
-        chips_of=partial(feed.names, pairs.sar),
-    )  # fmt: skip
-    announce(OUT_DIR, "python results.py")
+    labelled = labelled_chips(root, pairs.classes, device, STORE_DIR, SKIP_BAD, side)
+    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
+    validate = Validation(*(labelled or held_out_chips), size, grey)
+    if COMPILE:
+        compile_backbone(model, device)
+    learner = Learner(model, loss_of, batches, Optimization(LEARNING_RATE, WEIGHT_DECAY, seed=SEED))
+    fit(learner, batches, validate, run, contents)
+    run.announce("results.py", "CHECKPOINT")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

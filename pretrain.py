@@ -3,26 +3,28 @@
 python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
 """
 
-import math
-from functools import partial
-
-from data.augment import jitter, normalise, resize, speckle, turn
-from data.batches import Feed
-from data.demo.writer import ensure_demo
-from data.layouts import find_pairs, find_validation
+from data.augment import VIEWS, Augmentation
+from data.batches import Batches
+from data.demo import ensure_demo
+from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
 from data.store import grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict.tta import scaled
-from utils.run.ranks import part
-from utils.run.resume import chips_a_step, made_from
-from utils.run.settings import check, check_values, read_settings, run
-from utils.train.loop import announce, choose_device, fit
-from utils.train.validation import validation
+from utils.run.device import choose_device, compile_backbone
+from utils.run.identity import made_from
+from utils.run.ranks import rank, world_size
+from utils.run.resume import Run
+from utils.run.settings import check, read_settings
+from utils.run.start import run as run_script
+from utils.train.learner import Learner, Optimization
+from utils.train.loop import fit
+from utils.train.validation import Validation, labelled_chips
 
 import torch
 
+# Ranges and choices of the constants: utils/run/rules.py
 DATA_ROOT = "datasets/demo"  # folder of the data set; the default is simulated on first use
 CLASSES = ()  # class folders in the order of their index; empty: official or alphabetical order
 OUT_DIR = "runs/pretrain"  # where the outputs go
@@ -58,54 +60,56 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 def main():
     settings = read_settings(globals())
-    check(SENSOR in ("EO", "SAR"), f"SENSOR is EO or SAR, not {SENSOR!r}")
-    check_values(settings)
-    device = choose_device(DEVICE)
+    device, run = choose_device(DEVICE), Run("pretrain", settings)
+    following = ("sar_feature.py", "TEACHER") if SENSOR == "EO" else ("results.py", "CHECKPOINT")
     torch.manual_seed(SEED)
-    batch = chips_a_step(OUT_DIR, settings)
 
+    # Data and model. No stage trains on the pairs that are held out.
     ensure_demo(DATA_ROOT)
     pairs = find_pairs(DATA_ROOT, CLASSES)
     classes = len(pairs.classes)
     check(len(CLASS_WEIGHTS) in (1, classes), f"CLASS_WEIGHTS needs 1 or {classes} numbers")
-    # Only SAR has labelled validation chips; without them a part of the pairs serves.
-    labelled = find_validation(DATA_ROOT, pairs.classes) if SENSOR == "SAR" else None
+    sizes = [scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES]
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
-    model.to(device, memory_format=torch.channels_last)
-    model.check_sizes([scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES])
+    model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
     chips = open_store(paths, STORE_DIR, SKIP_BAD)
+    if not run.begin(made_from(__file__, pairs, [chips], WEIGHTS)):
+        return run.announce(*following)
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
-    mean, std = grey_statistics(chips, train)
+    grey = grey_statistics(chips, train)
     (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
-    stream = WeightedStream(pairs.labels[train], batch, BALANCE, SEED)
-    feed = Feed(stream, train, pairs.labels, device, store, part=part())
+
+    labels = pairs.labels[train]
+    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
+    batches = Batches(
+        stream, labels, device, EPOCHS, store.subset(train), [paths[i] for i in train], (rank(), world_size())
+    )
+    augment = Augmentation(grey, JITTER, SPECKLE, sizes)
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
-    def loss_of(step):
-        views, truth, drawn = feed(step)
-        images = normalise(turn(drawn, views), mean, std)
-        images = jitter(speckle(images, SPECKLE, mean, std, feed.rows), JITTER, feed.rows)
-        images = resize(images, scaled(IMAGE_SIZE, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
-        logits = model(images.to(memory_format=torch.channels_last))
-        return focal_loss(logits, truth, GAMMA, alpha), logits, truth
+    def loss_of(batch):
+        logits = model(augment(batch))
+        return focal_loss(logits, batch.labels, GAMMA, alpha), logits, batch.labels
 
-    checkpoint = {
-        "stage": "pretrain", "sensor": SENSOR, "settings": settings, "backbone": BACKBONE,
-        "image_size": IMAGE_SIZE, "classes": pairs.classes, "class_ids": pairs.class_ids,
-        "counts": pairs.counts, "scales": TRAIN_SCALES, "grey": (mean, std), "data_root": DATA_ROOT,
-        "val_fraction": VAL_FRACTION, "made_from": made_from(pairs),
+    contents = {
+        "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
+        "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts, "grey": grey,
+        "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
+        "ood": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
-    fit(
-        model, loss_of, validation(checkpoint, store, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
-        epochs=EPOCHS, steps=math.ceil(len(train) / batch), batch=batch, learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY, warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED,
-        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
-        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, tensorboard=TENSORBOARD,
-        chips_of=partial(feed.names, paths),
-    )  # fmt: skip
-    announce(OUT_DIR, "python sar_feature.py" if SENSOR == "EO" else "python results.py")
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED)
+    # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
+    side = chips.shape[1]
+    labelled = SENSOR == "SAR" and labelled_chips(DATA_ROOT, pairs.classes, device, STORE_DIR, SKIP_BAD, side)
+    held_out_chips = store.subset(held_out), pairs.labels[held_out]
+    validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
+    if COMPILE:
+        compile_backbone(model, device)
+    learner = Learner(model, loss_of, batches, optimization)
+    fit(learner, batches, validate, run, contents)
+    run.announce(*following)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

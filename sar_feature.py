@@ -3,29 +3,31 @@
 python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
 """
 
-import math
-from functools import partial
-
-from data.augment import jitter, normalise, resize, speckle, turn
-from data.batches import Feed
-from data.layouts import find_pairs, find_validation
+from data.augment import VIEWS, Augmentation
+from data.batches import Batches
+from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
 from data.store import grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
 from utils.predict.tta import autocast, scaled, view_features
-from utils.run.checkpoint import build_model, load_checkpoint
-from utils.run.ranks import part
-from utils.run.resume import chips_a_step, made_from
-from utils.run.settings import check, check_values, read_settings, run
-from utils.train.frozen import FrozenCache
-from utils.train.loop import announce, choose_device, fit
-from utils.train.validation import validation
+from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
+from utils.run.device import choose_device, compile_backbone
+from utils.run.identity import made_from
+from utils.run.ranks import rank, world_size
+from utils.run.resume import Run
+from utils.run.settings import check, read_settings
+from utils.run.start import run as run_script
+from utils.train.feature_cache import FrozenCache
+from utils.train.learner import Learner, Optimization
+from utils.train.loop import fit
+from utils.train.validation import Validation, labelled_chips
 
 import torch
 from torch import nn
 
+# Ranges and choices of the constants: utils/run/rules.py
 TEACHER = "runs/pretrain/best.pt"  # EO checkpoint of pretrain.py
 DATA_ROOT = ""  # folder of the data set; empty: the teacher's
 OUT_DIR = "runs/sar_feature"  # where the outputs go
@@ -63,10 +65,8 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 
 def main():
     settings = read_settings(globals())
-    check_values(settings)
-    device = choose_device(DEVICE)
+    device, run = choose_device(DEVICE), Run("sar_feature", settings)
     torch.manual_seed(SEED)
-    batch = chips_a_step(OUT_DIR, settings)
 
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
     backbone, size = BACKBONE or source["backbone"], source["image_size"]
@@ -74,74 +74,76 @@ def main():
         INIT != "teacher" or backbone == source["backbone"],
         f"a student {backbone} cannot start from a teacher {source['backbone']}; set INIT=",
     )
-    root = DATA_ROOT or source["data_root"]
+    root = choose_data_root(DATA_ROOT, source, TEACHER)
     pairs = find_pairs(root, source["classes"])
-    labelled = find_validation(root, pairs.classes)
 
+    # The teacher is frozen; the student starts from its weights.
     teacher = build_model(source, TEACHER).requires_grad_(False).to(device, memory_format=torch.channels_last)
     student = Classifier(backbone, len(pairs.classes), size, "" if INIT == "teacher" else INIT)
     if INIT == "teacher":
         student.load_state_dict(teacher.state_dict())
-    student.to(device, memory_format=torch.channels_last)
-    student.check_sizes([scaled(size, scale) for scale in TRAIN_SCALES])
+    sizes = [scaled(size, scale) for scale in TRAIN_SCALES]
+    student.to(device, memory_format=torch.channels_last).check_sizes(sizes)
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    eo_chips, sar_chips = (open_store(paths, STORE_DIR, SKIP_BAD) for paths in (pairs.eo, pairs.sar))
-    without = unreadable(eo_chips), unreadable(sar_chips)
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"], *without)
+    eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"])
+    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD)
+    if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], INIT, source)):
+        return run.announce("finetune.py", "STUDENT")
+    bad = unreadable(eo_chips), unreadable(sar_chips)
+    train, held_out = stratified_split(pairs.labels, source["val_fraction"], *bad)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
     eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
-    stream = WeightedStream(pairs.labels[train], batch, BALANCE, SEED)
-    feed = Feed(stream, train, pairs.labels, device, sar, part=part())
-    steps = math.ceil(len(train) / batch)
+    labels, eo_train = pairs.labels[train], eo.subset(train)
+    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
+    paths = [pairs.sar[i] for i in train]
+    batches = Batches(stream, labels, device, EPOCHS, sar.subset(train), paths, (rank(), world_size()))
 
     @torch.no_grad()
-    def teach(chosen, views):
-        """The teacher's features and logits side by side, [B, D + C]; where only KL asks, the logits."""
-        taught = view_features(teacher, eo, size, eo_grey, chosen, views)
+    def ask_teacher(indices, views):
+        """The teacher's features and logits side by side, [B, D + C]; the logits alone if only they are needed."""
+        features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         with autocast(device):
-            target = teacher.head(taught)
-        return torch.cat((taught, target), 1) if FEATURE_WEIGHT else target
+            logits = teacher.head(features)
+        return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
-    # One view for both chips of a pair, or the teacher would speak of another picture.
-    lessons = teach
+    teacher_outputs = ask_teacher
     if CACHE_TEACHER:
-        requests = (feed.draw(step) for step in range(EPOCHS * steps))
-        lessons = FrozenCache(
-            teach, requests, len(pairs.labels), BATCH_SIZE, device, torch.float16, CHIP_MEMORY_GB
+        teacher_outputs = FrozenCache(
+            ask_teacher, batches.draws(), len(train), BATCH_SIZE, device, torch.float16, CHIP_MEMORY_GB
         )
+    augment = Augmentation(sar_grey, JITTER, SPECKLE, sizes)
 
-    def loss_of(step):
-        views, truth, drawn = feed(step)
-        images = normalise(turn(drawn, views), *sar_grey)
-        images = jitter(speckle(images, SPECKLE, *sar_grey, feed.rows), JITTER, feed.rows)
-        images = resize(images, scaled(size, TRAIN_SCALES[step % len(TRAIN_SCALES)]))
-        taught, target = lessons(*feed.draw(step)).tensor_split((-len(pairs.classes),), dim=1)
-        features = student.features(images.to(memory_format=torch.channels_last))
+    def loss_of(batch):
+        images = augment(batch)
+        # Both chips of a pair are in the same view, or the teacher would describe another picture.
+        taught = teacher_outputs(batch.indices, batch.host_views)
+        teacher_features, teacher_logits = taught.tensor_split((-len(pairs.classes),), dim=1)
+        features = student.features(images)
         logits = student.head(features)
-        loss = KL_WEIGHT * distillation_loss(logits, target, TEMPERATURE)
+        loss = KL_WEIGHT * distillation_loss(logits, teacher_logits, TEMPERATURE)
         if FEATURE_WEIGHT:
-            loss = loss + FEATURE_WEIGHT * distillation_loss(project(features), taught, FEATURE_TEMPERATURE)
+            on_features = distillation_loss(project(features), teacher_features, FEATURE_TEMPERATURE)
+            loss = loss + FEATURE_WEIGHT * on_features
         if LABEL_WEIGHT:
-            loss = loss + LABEL_WEIGHT * focal_loss(logits, truth, GAMMA)
-        return loss, logits, truth
+            loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA)
+        return loss, logits, batch.labels
 
-    checkpoint = source | {
-        "stage": "sar_feature", "sensor": "SAR", "settings": settings, "backbone": backbone,
-        "scales": TRAIN_SCALES, "grey": sar_grey, "data_root": root,
-        "made_from": made_from(pairs, source),
+    contents = source | {
+        "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey": sar_grey, "data_root": root,
+        "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
     }  # fmt: skip
-    fit(
-        student, loss_of, validation(checkpoint, sar, pairs.labels, held_out, labelled, STORE_DIR, SKIP_BAD),
-        epochs=EPOCHS, steps=steps, batch=batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
-        warmup_epochs=WARMUP_EPOCHS, clip=CLIP, ema=EMA, seed=SEED, also_trained=[project],
-        out_dir=OUT_DIR, checkpoint=checkpoint, compiled=COMPILE, resume=RESUME,
-        save_every_min=SAVE_EVERY_MIN, max_bad_steps=MAX_BAD_STEPS, tensorboard=TENSORBOARD,
-        chips_of=partial(feed.names, pairs.sar),
-    )  # fmt: skip
-    announce(OUT_DIR, "python finetune.py")
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED)
+    labelled = labelled_chips(root, pairs.classes, device, STORE_DIR, SKIP_BAD, sar_chips.shape[1])
+    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
+    validate = Validation(*(labelled or held_out_chips), size, sar_grey)
+    if COMPILE:
+        compile_backbone(student, device)
+    learner = Learner(student, loss_of, batches, optimization, also_trained=[project])
+    fit(learner, batches, validate, run, contents)
+    run.announce("finetune.py", "STUDENT")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

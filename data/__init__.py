@@ -1,18 +1,19 @@
-"""What is read: chips found, decoded once, augmented by the batch, drawn by index, simulated."""
+"""The data: find chips, decode them once into an array, draw indices, make batches, augment them."""
 
 import ctypes
 import os
 import sys
 
-# Set before torch loads OpenMP: threads that wait spin for the gap between two operations, then
-# sleep. Those that only spin lose most of their time wherever another process shares the cores,
-# those that only sleep wake late (with two busy processes beside it a small network trains at 196
-# images/s spinning, 253 sleeping, 323 so; alone on two cores at 678, 637 and 679).
+# OpenMP reads this when torch is loaded. A waiting thread spins for about the time between two
+# operations, then sleeps. Threads that only spin lose time to other processes on the same cores;
+# threads that only sleep wake up late. Images/s of a small network on two cores, with spinning only,
+# sleeping only, and this setting: 196, 253 and 323 beside two busy processes, 678, 637 and 679 alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-# glibc keeps the memory of large tensors instead of handing it back after every step and clearing
-# it anew: inputs of 224 px come a fifth faster, and a network of that size trains a fifth faster.
+# glibc keeps the memory of large tensors instead of returning it to the system after each step and
+# clearing it again: inputs of 224 px are made a fifth faster, and a network of that size trains a
+# fifth faster.
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest value that glibc accepts
     libc.mallopt(M_TRIM_THRESHOLD, 2**30)

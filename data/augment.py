@@ -1,23 +1,58 @@
-"""Views of whole batches on the device: flips and rotations, size, normalisation, grey levels.
+"""Augmentation and network input of whole batches: flips, quarter turns, grey levels, size.
 
-Device and dtype come from the tensors; nothing here waits for the device.
+All functions run on the device of their tensors, and none of them waits for the device.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-VIEWS = 8  # the flips and quarter turns of a square
+VIEWS = 8  # four quarter turns, each with and without a flip
+
+
+class Share(NamedTuple):
+    """The rows that one rank has of a batch of all ranks.
+
+    rows: of this rank; total: number of rows of all ranks. Each rank draws the random numbers of all
+    rows and uses those of its own, so that the ranks together augment as one process does.
+    """
+
+    rows: slice
+    total: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Network inputs of training batches: flip and rotation, speckle, jitter, and one of the sizes a step.
+
+    grey: (mean, std) of the sensor's grey level, 0..1.
+    jitter, speckle: strengths, as in the functions of these names.
+    sizes: sides of the input, px, which the steps take in turn.
+    """
+
+    grey: tuple
+    jitter: float
+    speckle: float
+    sizes: list
+
+    def __call__(self, batch):
+        """float32 [B, 1, S, S] of a `data.batches.Batch`."""
+        images = normalise(turn(batch.chips, batch.views), *self.grey)
+        images = speckle(images, self.speckle, *self.grey, batch.share)
+        images = jitter(images, self.jitter, batch.share)
+        return resize(images, self.sizes[batch.step % len(self.sizes)])
 
 
 def turn(chips, views):
-    """Flip and rotate every chip of a batch by its own view, by one gather.
+    """Flip and rotate each chip of a batch by its own view, with one gather.
 
     Args:
         chips: [N, S, S], any dtype.
-        views: [N] int64, 0..7: view mod 4 quarter turns counter-clockwise, after a horizontal
-            flip where view >= 4.
+        views: [N] int64, 0..7: (view mod 4) quarter turns counter-clockwise; for view >= 4 after a
+            horizontal flip.
 
     Returns:
         [N, S, S], same dtype.
@@ -35,16 +70,16 @@ def _positions(side, device):
 
 
 def to_input(chips, size, mean, std):
-    """Network input from grey levels, without augmentation: `normalise`, then `resize`."""
+    """Network input without augmentation: `normalise`, then `resize`."""
     return resize(normalise(chips, mean, std), size)
 
 
 def normalise(chips, mean, std):
-    """Grey levels at zero mean and unit spread.
+    """Grey levels with zero mean and unit standard deviation.
 
     Args:
         chips: uint8 [N, S, S].
-        mean, std: of the sensor's grey level, 0..1.
+        mean, std: mean and standard deviation of the sensor's grey level, in 0..1.
 
     Returns:
         float32 [N, 1, S, S].
@@ -53,40 +88,40 @@ def normalise(chips, mean, std):
 
 
 def resize(images, size):
-    """Images [N, 1, S, S] at the network's size, px: bilinear, smoothed where they get smaller.
+    """Images [N, 1, S, S], resized to size x size pixels: bilinear, with antialiasing.
 
-    It comes last: what is done to the grey levels before it costs the chip's pixels, not the input's.
+    Resize last: the other augmentations then work on the pixels of the chip, which are fewer.
     """
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
-def jitter(images, strength, rows=None):
-    """Random contrast and brightness, each chip its own: x (1 + s u) + s v, u and v in -1..1.
+def jitter(images, strength, share=None):
+    """Random contrast and brightness of each chip: x (1 + s u) + s v, with u and v uniform in -1..1.
 
     Args:
         images: [N, 1, S, S] normalised.
-        strength: s, in units of the grey level's standard deviation; 0 leaves all as it is.
-        rows: (slice, B) where they are these rows of a batch of B, drawn as for the whole.
+        strength: s, in units of the grey level's standard deviation; 0 changes nothing.
+        share: `Share` that the images are of a batch of all ranks; None = they are the whole batch.
     """
     if not strength:
         return images
-    rows, whole = rows or (slice(None), len(images))
-    u, v = (torch.rand(2, whole, 1, 1, 1, device=images.device)[:, rows] * 2 - 1).mul(strength)
+    rows, total = share or Share(slice(None), len(images))
+    u, v = (torch.rand(2, total, 1, 1, 1, device=images.device)[:, rows] * 2 - 1).mul(strength)
     return torch.addcmul(v, images, 1 + u)
 
 
-def speckle(images, strength, mean, std, rows=None):
-    """Multiplicative speckle on the grey level: g (1 + s n), n ~ N(0, 1) for every pixel.
+def speckle(images, strength, mean, std, share=None):
+    """Multiplicative speckle on the grey level g: g (1 + s n), with n ~ N(0, 1) for each pixel.
 
     Args:
         images: [N, 1, S, S] normalised with mean and std (of the grey level, 0..1).
-        strength: s, relative to the grey level; 0 leaves all as it is.
-        rows: as in `jitter`.
+        strength: s, relative to the grey level; 0 changes nothing.
+        share: as in `jitter`.
     """
     if not strength:
         return images
-    rows, whole = rows or (slice(None), len(images))
-    noise = torch.randn(whole, *images.shape[1:], device=images.device, dtype=images.dtype)[rows]
+    rows, total = share or Share(slice(None), len(images))
+    noise = torch.randn(total, *images.shape[1:], device=images.device, dtype=images.dtype)[rows]
     return images + (images + mean / std) * noise.mul(strength)

@@ -1,18 +1,18 @@
-"""What is wrong with the input."""
+"""Errors of the input data, and how messages list files and reasons."""
 
 
 class DataError(ValueError):
-    """Input that cannot be used; the message says what, in which file, and what to do."""
+    """Input data that cannot be used; the message says what is wrong, in which file, and what to do."""
 
 
 def named(items, limit=20):
-    """The first items, comma separated, and how many more there are."""
+    """The first `limit` items, separated by commas, and how many more there are."""
     items = [str(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
 def reason(error):
-    """The first line of what an exception says, or its kind where it says nothing."""
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    """The first line of an exception's message, or its type where it has none."""
+    message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0]

@@ -1,4 +1,4 @@
-"""Find the chips: every layout of the challenge's releases, the official class order.
+"""Find the chips of a data set, in every layout of the challenge's releases, and order the classes.
 
 | release  | EO and SAR for training                            | labelled SAR | test           |
 |----------|----------------------------------------------------|--------------|----------------|
@@ -20,7 +20,7 @@ from data.errors import DataError, named, reason
 
 import numpy as np
 
-# By frequency, which is the challenge's index; the folders' alphabetical order is not.
+# In the order of the challenge's class index, which is by frequency and not alphabetical.
 OFFICIAL_CLASSES = (
     "sedan",
     "SUV",
@@ -34,17 +34,19 @@ OFFICIAL_CLASSES = (
     "semi_w_trailer",
 )
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference
+COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference CSV
 OOD_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-NEAR = 0.8  # likeness, 0..1, at which a folder's name counts as a misspelt class
+NEAR = 0.8  # similarity, 0..1, from which a folder name counts as a misspelt class name
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Co-registered training chips, sorted by class, then by name.
 
-    eo, sar: N paths each (strings), of the same names; labels: [N] int64 position in `classes`;
-    class_ids: for each class the index that a submission writes.
+    eo, sar: N paths (strings) each; paths of the same position have the same file name.
+    labels: int64 [N], positions in `classes`.
+    classes: class names.
+    class_ids: for each class its index in a submission.
     """
 
     eo: list
@@ -68,12 +70,12 @@ class Labelled:
     ood: np.ndarray
 
     def subset(self, indices):
-        """Those at `indices`, int64 array."""
+        """The chips at `indices`, int64 array."""
         return Labelled([self.paths[i] for i in indices], self.labels[indices], self.ood[indices])
 
 
 def find_pairs(root, classes=()):
-    """The training pairs below `root`, in any of the layouts above.
+    """The training pairs of the data set in `root`, in any of the layouts above.
 
     Args:
         root: folder of the data set.
@@ -81,12 +83,12 @@ def find_pairs(root, classes=()):
             the challenge's classes, alphabetical for any other set.
 
     Raises:
-        DataError: no layout fits, a class is empty or unknown, there is only one, the sides do
-            not match, or the same pair lies in two classes.
+        DataError: no layout fits, a class is empty or unknown, there is only one class, a chip has no
+            counterpart of the other sensor, or the same pair lies in two classes.
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"DATA_ROOT {root} is not a folder; set it to where the chips lie")
+        raise DataError(f"DATA_ROOT {root} is not a folder; set it to the folder of the data set")
     for eo, sar in (("train/EO_Train", "train/SAR_Train"), ("EO_Train", "SAR_Train"), ("EO", "SAR")):
         if (root / eo).is_dir() or (root / sar).is_dir():
             sides = [_by_class(root / eo), _by_class(root / sar)]
@@ -116,8 +118,11 @@ def find_pairs(root, classes=()):
 def class_order(names, chosen=()):
     """Class names in the order of their index: `chosen`, else official, else alphabetical.
 
-    Names that are mostly the challenge's, in any spelling, are meant to be: one that is not quite
-    is refused, or the alphabet would take the place of the official index without a word.
+    If most names are those of the challenge, in any spelling, a name that differs from them is refused:
+    otherwise a misspelt name would silently replace the official order by the alphabetical one.
+
+    Raises:
+        DataError: there are fewer than two classes, `chosen` are not the same names, or a misspelt name.
     """
     if len(set(names)) < 2:
         raise DataError(f"there is one class alone, {named(names)}; a classifier needs two or more")
@@ -146,32 +151,38 @@ def class_order(names, chosen=()):
 def find_chips(folder):
     """Image files directly in `folder`, else in its only subfolder that has any; sorted by name.
 
-    Hidden files (also macOS's `._*`) and other files are left aside.
+    Hidden files (also macOS's `._*`) and files of other types are ignored.
 
     Raises:
-        DataError: no such folder, no chips, two of one name, or links that lead nowhere.
+        DataError: there is no such folder, it holds no chips, two chips have the same name, or a link is
+            broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder of chips {folder}")
     chips = _images(folder)
     if not chips:
-        below = [found for sub in sorted(folder.iterdir()) if sub.is_dir() and (found := _images(sub))]
-        chips = below[0] if len(below) == 1 else []
+        subfolders = [_images(sub) for sub in sorted(folder.iterdir()) if sub.is_dir()]
+        subfolders = [images for images in subfolders if images]
+        chips = subfolders[0] if len(subfolders) == 1 else []
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))})")
     return sorted(map(Path, chips.values()), key=lambda path: _natural(path.name))
 
 
 def find_validation(root, classes):
-    """The labelled SAR validation chips, or None where the data set has none."""
+    """The labelled SAR validation chips (`Labelled`) of a data set, or None if it has none."""
     folder = Path(root) / "val"
     reference = find_reference(folder)
     return read_labelled(find_chips(folder), reference, classes) if reference else None
 
 
 def find_test(root):
-    """The folder of the test chips of a data set."""
+    """The folder of the test chips of a data set.
+
+    Raises:
+        DataError: there is none.
+    """
     for name in ("test", "test_images"):
         if (Path(root) / name).is_dir():
             return Path(root) / name
@@ -179,21 +190,24 @@ def find_test(root):
 
 
 def find_reference(folder):
-    """The reference CSV beside the chips, or None.
+    """The reference CSV in a folder of chips, or None.
 
-    It has two of the columns image_id, class and OOD_flag at least, or says so in its name;
-    `read_labelled` then wants them all. Other CSVs are left aside.
+    A CSV is a reference if its header has at least two of the columns image_id, class and OOD_flag, or if
+    its name contains "reference"; `read_labelled` needs all three. Other CSVs are ignored.
+
+    Raises:
+        DataError: there are several.
     """
-    found = []
+    references = []
     for path in sorted(Path(folder).glob("*.[cC][sS][vV]")):
         if path.is_file() and not path.name.startswith("."):
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 header = re.split(r"[\s,;\"]+", next(filter(str.strip, file), ""))
             if len(set(COLUMNS) & set(header)) > 1 or "reference" in path.name.lower():
-                found.append(path)
-    if len(found) > 1:
-        raise DataError(f"{folder} holds several reference CSVs: {named(p.name for p in found)}")
-    return found[0] if found else None
+                references.append(path)
+    if len(references) > 1:
+        raise DataError(f"{folder} holds several reference CSVs: {named(p.name for p in references)}")
+    return references[0] if references else None
 
 
 def read_labelled(paths, reference, classes):
@@ -202,12 +216,12 @@ def read_labelled(paths, reference, classes):
     Args:
         paths: chips.
         reference: CSV with the columns image_id (with or without prefix and extension), class
-            (a name of `classes`, or its index), OOD_flag (0, or 1: the class means nothing).
+            (a name of `classes`, or its index) and OOD_flag (0 or 1; for 1 the class is ignored).
         classes: class names, position = label.
 
     Raises:
-        DataError: no such CSV in UTF-8, a chip without row or like another one, a row twice or
-            without chip, an unknown class.
+        DataError: the file is not a CSV in UTF-8 with these columns, a chip has no row, two chips have
+            the same image_id, a row has no chip or comes twice, or a class is unknown.
     """
     label_of = {str(label): label for label in range(len(classes))}
     label_of |= {name: label for label, name in enumerate(classes)}
@@ -227,14 +241,14 @@ def read_labelled(paths, reference, classes):
         raise DataError(f"{reference} cannot tell the chips of one number apart: {named(alike)}")
     if missing := [path.name for path, key in zip(paths, keys, strict=True) if key not in rows]:
         raise DataError(f"{reference} has no row for {len(missing)} chips: {named(missing)}")
-    if lost := sorted(set(rows) - set(keys)):
-        raise DataError(f"{reference} names {len(lost)} chips that are not there: {named(lost)}")
+    if extra := sorted(set(rows) - set(keys)):
+        raise DataError(f"{reference} names {len(extra)} chips that are not there: {named(extra)}")
     labels, ood = zip(*(rows[key] for key in keys), strict=True)
     return Labelled(paths, np.array(labels, dtype=np.int64), np.array(ood, dtype=bool))
 
 
 def image_ids(paths):
-    """The submission's image_id of each chip: the bare number, or the stem where none is unique."""
+    """The image_id of each chip in a submission: its number; the file stems, if two numbers are equal."""
     ids = [_bare(path.name) for path in paths]
     return ids if len(set(ids)) == len(ids) else [path.stem for path in paths]
 
@@ -265,7 +279,7 @@ def _read_reference(path):
 
 
 def _bare(name):
-    """`Gotcha17.png`, `SAR_17` and `17` are all chip 17; any other name is its stem."""
+    """The number in names such as `Gotcha17.png`, `SAR_17` and `17`; of any other name the stem."""
     stem = re.sub(r"\.[A-Za-z]+$", "", name)
     match = re.fullmatch(r"(?:[A-Za-z]+_?)?(\d+)", stem)
     return match[1] if match else stem
@@ -278,41 +292,41 @@ def _natural(name):
 
 def _images(folder):
     """{stem: path, a string} of the image files directly in a folder."""
-    found, lost, twice = {}, [], []
+    images, broken, twice = {}, [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() not in SUFFIXES or entry.name.startswith("."):
                 continue
             if entry.is_symlink() and not os.path.exists(entry.path):
-                lost.append(entry.path)
+                broken.append(entry.path)
             elif entry.is_file():
-                twice += [stem] if stem in found else []
-                found[stem] = entry.path  # not a Path, of which a million take their time
-    if lost:
-        raise DataError(f"links that lead nowhere: {named(sorted(lost))}; mend or remove them")
+                twice += [stem] if stem in images else []
+                images[stem] = entry.path  # a string; a million Path objects would be slow
+    if broken:
+        raise DataError(f"links that lead nowhere: {named(sorted(broken))}; mend or remove them")
     if twice:
         raise DataError(f"{folder} holds two files of one name: {named(sorted(twice))}; keep one")
-    return found
+    return images
 
 
 def _by_class(folder):
     """{class: {stem: path}} of a folder of class folders."""
     if not folder.is_dir():
         raise DataError(f"{folder} is missing, its counterpart of the other sensor is there")
-    found = {}
+    classes = {}
     for sub in sorted(folder.iterdir()):
         if sub.is_dir() and not sub.name.startswith("."):
-            found[sub.name] = _images(sub)
-            if not found[sub.name]:
+            classes[sub.name] = _images(sub)
+            if not classes[sub.name]:
                 raise DataError(f"the class folder {sub} holds no chips; fill or remove it")
-    if not found:
+    if not classes:
         raise DataError(f"{folder} holds no class folders")
-    return found
+    return classes
 
 
 def _with_prefix(folders, prefix):
-    """One sensor of folders that hold both, the prefix cut off so that pairs share a key."""
+    """The chips of one sensor in folders that hold both. Keys lose the prefix, so that pairs share a key."""
     return {
         name: {s.removeprefix(prefix): path for s, path in chips.items() if s.startswith(prefix)}
         for name, chips in folders.items()
@@ -320,19 +334,19 @@ def _with_prefix(folders, prefix):
 
 
 def _official_name(folder):
-    """The 2021/22 release names its class folders by the official index."""
+    """The class name of a folder; the 2021/22 release names its class folders by the official index."""
     return dict(zip("0123456789", OFFICIAL_CLASSES, strict=True)).get(folder, folder)
 
 
 def _official_like(name):
-    """The official class that a folder is named for, or misspelt; None where there is none."""
+    """The official class whose name, perhaps misspelt, a folder has; None if there is none."""
     plain = {re.sub(r"[^a-z]", "", official.lower()): official for official in OFFICIAL_CLASSES}
     near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.lower()), plain, n=1, cutoff=NEAR)
     return plain[near[0]] if near else None
 
 
 def _class_ids(order, chosen):
-    """Index of each class in a submission: the official one, else its position."""
+    """Index of each class in a submission: the official index, the number in its name, or its position."""
     if not chosen and set(order) <= set(OFFICIAL_CLASSES):
         return tuple(OFFICIAL_CLASSES.index(name) for name in order)
     if not chosen and all(re.fullmatch("0|[1-9][0-9]{0,8}", name) for name in order):
@@ -341,7 +355,7 @@ def _class_ids(order, chosen):
 
 
 def _check_sides(root, order, eo, sar):
-    """Every EO chip has its SAR chip and the reverse."""
+    """Raise DataError unless each EO chip has its SAR chip, and the reverse."""
     for name in order:
         left, right = set(eo.get(name, ())), set(sar.get(name, ()))
         if not left and not right:
@@ -355,11 +369,11 @@ def _check_sides(root, order, eo, sar):
 
 
 def _check_labels(root, order, eo, sar):
-    """No pair lies in two classes. Names alone may repeat, where each class counts from one."""
-    first, twice = {}, []
+    """Raise DataError if a pair lies in two classes. The same name with other pixels is allowed."""
+    class_of, twice = {}, []
     for name in order:
         for key in eo[name]:
-            other = first.setdefault(key, name)
+            other = class_of.setdefault(key, name)
             if other != name and all(cmp(side[other][key], side[name][key], False) for side in (eo, sar)):
                 twice.append(f"{key} ({other}, {name})")
     if twice:

@@ -1,1 +1,1 @@
-"""What is learned: the classifier, the focal loss, the distillation."""
+"""The networks and the losses: classifier, focal loss, distillation."""

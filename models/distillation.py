@@ -7,17 +7,17 @@ import torch.nn.functional as F
 def distillation_loss(student, teacher, temperature=1.0):
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
 
-    Serves logits (class distributions) and features (the softened distributions over the
-    feature channels) alike. The teacher is detached: no gradient flows into it.
+    Use it for logits (distributions over the classes) or for features (distributions over the feature
+    channels). The teacher is detached: it gets no gradient.
 
     Args:
-        student: [N, D], any floating dtype; computed in float32 at least.
+        student: [N, D], any floating dtype; the loss is computed in float32 or, for float64, in float64.
         teacher: [N, D].
-        temperature: T > 0; the higher, the softer. T^2 keeps the size of the gradient
-            with respect to the student independent of T, to first order.
+        temperature: T > 0. A higher T makes the distributions softer. The factor T^2 keeps the size of the
+            student's gradient independent of T, to first order.
 
     Returns:
-        Scalar >= 0, 0 where both distributions agree.
+        Scalar >= 0; 0 if both distributions are equal.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """

@@ -1,4 +1,4 @@
-"""Focal loss against class imbalance."""
+"""Focal loss, for classes of very different size."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 def focal_loss(logits, labels, gamma=2.0, class_weights=None):
     """Mean focal loss, FL = -alpha_t (1 - p_t)^gamma log p_t.
 
-    At gamma = 0 it equals `torch.nn.functional.cross_entropy(logits, labels, class_weights)`,
-    whose weighted mean it keeps: the sum over chips divided by the sum of their alpha.
+    The mean is weighted: the sum over the chips divided by the sum of their alpha. So at gamma = 0 the loss
+    equals `torch.nn.functional.cross_entropy(logits, labels, class_weights)`.
 
     Args:
-        logits: [N, C], any floating dtype; computed in float32 at least.
+        logits: [N, C], any floating dtype; the loss is computed in float32 or, for float64, in float64.
         labels: [N] int64, 0..C-1.
-        gamma: focusing parameter, >= 0; the higher, the less easy chips count.
+        gamma: focusing parameter, >= 0. A higher gamma gives less weight to chips with a high p_t.
         class_weights: alpha, [C], or None for 1.
 
     Returns:

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of the processes that the tests start.
 os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["data", "timm", "utils.train.loop", "data.demo.writer", "pytest", "tests.conftest"])
+FORKED.set_forkserver_preload(
+    ["data", "timm", "utils.train.loop", "utils.train.learner", "data.demo", "pytest", "tests.conftest"]
+)
 TINY = {"sedan": 48, "SUV": 24, "van": 12, "bus": 6}
 
 
@@ -85,7 +87,7 @@ def must(process):
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory):
     """A demo set of 90 pairs, 4 validation and 6 test scenes."""
-    from data.demo.writer import write_demo
+    from data.demo import write_demo
 
     root = tmp_path_factory.mktemp("data") / "demo"
     write_demo(root, train_counts=TINY, val_scenes=4, test_scenes=6)

@@ -20,8 +20,8 @@ from data.errors import DataError
 from data.layouts import Labelled
 from data.store import open_store
 from tests.conftest import ROOT
-from utils.report.page import Found
 from utils.report.pictures import confusion, recall
+from utils.report.prediction import Prediction
 from utils.run.checkpoint import FORMAT, KEYS
 
 import numpy as np
@@ -113,7 +113,7 @@ def edit(path, **entries):
     """A checkpoint with other entries; None takes one out."""
 
     def change():
-        saved = torch.load(path, weights_only=True) | {"checksum": None} | entries
+        saved = torch.load(path, weights_only=True) | entries
         torch.save({key: value for key, value in saved.items() if value is not None}, path)
 
     return change
@@ -178,9 +178,9 @@ def large_confusion():
     truth = Labelled([], labels, labels < 0)
     stages = {"one": (labels, labels.astype(float))}
     names = labels.astype(str)
-    found = Found(names, {}, stages, np.eye(1001), labels, None, None, 0.0, labels + 1, None, truth)
-    confusion(found).savefig("confusion.png")
-    recall(found).savefig("recall.png")
+    prediction = Prediction(names, {}, stages, np.eye(1001), labels, None, None, 0.0, labels + 1, None, truth)
+    confusion(prediction).savefig("confusion.png")
+    recall(prediction).savefig("recall.png")
     print(sorted(os.listdir()))
 
 
@@ -344,7 +344,8 @@ CASES = [
         f"there is no checkpoint {FINAL}; run first: python finetune.py"),
     bad("wrong stage", None, f"sar_feature.py TEACHER={FINAL}", "is the SAR checkpoint of finetune.py"),
     bad("wrong sensor", None, f"finetune.py STUDENT={TEACHER}", "is the EO checkpoint of pretrain.py"),
-    bad("no Gaussians", None, f"results.py CHECKPOINT={STUDENT}", "holds no Gaussians; run finetune.py"),
+    bad("no fit of the score", None, f"results.py CHECKPOINT={STUDENT} OOD_SCORE=knn", "knn"),
+    good("no fit of any score", None, f"results.py CHECKPOINT={STUDENT}", "written:"),
     bad("other classes", [move("data/EO/bus", "data/EO/boat"), move("data/SAR/bus", "data/SAR/boat")],
         "finetune.py", "only asked for: bus; only folders: boat"),
     bad("other classes of the teacher", remove("data/EO/bus", "data/SAR/bus"), "sar_feature.py",
@@ -363,6 +364,7 @@ CASES = [
         "written by a newer version"),
     bad("code", lambda: Path(TEACHER).write_bytes(pickle.dumps(Code(), 2)), "sar_feature.py",
         "code in it, which is not run"),
+    bad("older version", edit(TEACHER, format=FORMAT - 1), "sar_feature.py", "written by an older version"),
     bad("code in a checkpoint", lambda: torch.save({"format": Code()}, TEACHER), "sar_feature.py",
         "which is not run"),
     bad("code in weights", lambda: torch.save(Code(), "w.pt"), "pretrain.py WEIGHTS=w.pt",
@@ -381,8 +383,8 @@ CASES = [
         "not a checkpoint") for key in KEYS),
     *(bad(f"{key} is nan", edit(STUDENT, **{key: float("nan")}), "finetune.py",
         "not a checkpoint") for key in KEYS),
-    bad("Gaussians of other features", edit(FINAL, gaussians={"mean": torch.ones(4, 2)}), "results.py",
-        "gaussians missing or wrong"),
+    bad("fit on other features", edit(FINAL, ood={"gaussian_energy": {"white": torch.ones(2, 2)}}), "results.py",
+        f"{FINAL}"),
     bad("weights that are not finite", edit(STUDENT, model={"head.weight": torch.full((2, 2), torch.nan)}),
         "finetune.py", "not finite, so its training came to nothing; run again with a lower LEARNING_RATE"),
 
@@ -398,8 +400,8 @@ CASES = [
         "TEMPERATURE=0", "FEATURE_TEMPERATURE=-1", "KL_WEIGHT=-1", "LABEL_WEIGHT=1e400",
         "FEATURE_WEIGHT=nan")),
     *(bad(setting, None, f"results.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
-        "SCALES=", "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
-        "ENERGY_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),
+        "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
+        "OOD_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),
     bad("ROTATIONS=", None, "results.py ROTATIONS=", "ROTATIONS and SCALES need at least one entry"),
     bad("no loss", None, "sar_feature.py KL_WEIGHT=0 LABEL_WEIGHT=0", "are all 0; nothing would be learned"),
     bad("no class weighs", None, "pretrain.py CLASS_WEIGHTS=0", "CLASS_WEIGHTS are all 0"),

@@ -1,19 +1,20 @@
 """Every stage on a CUDA device, without one: fake tensors carry device and dtype, and raise on mix-ups.
 
-The scripts themselves run up to their training loop; in its place the test calls their loss,
-sets the gradients by hand and takes an optimizer step.
+The scripts run up to their training loop; in its place the test takes the learner's own steps. Fake tensors have no
+backward pass, so that the gradients are set by hand, and no streams, which are replaced by ones that count.
 """
 
+import contextlib
 import runpy
 import sys
-from unittest.mock import ANY
+from concurrent.futures import Future
 
 from data.augment import _positions
 from data.store import ChipStore
 from models.backbone import Classifier
 from tests.conftest import ROOT
-from utils.predict.ood import confidence, log_densities
-from utils.predict.tta import autocast, predict, tta_views
+from utils.predict.ood import SCORES, fit_scores
+from utils.predict.tta import predict, tta_views
 
 import numpy as np
 import pytest
@@ -21,22 +22,65 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
-def forward_and_step(model, loss_of, validate, *, clip=0.0, also_trained=(), **options):
-    modules = torch.nn.ModuleList([model, *also_trained]).train()
-    trained = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    for step in range(2):
-        with autocast(trained[0].device):
-            loss, logits, labels = loss_of(step)
-        assert {t.device.type for t in (loss, logits, labels)} == {"cuda"}
-        assert loss.shape == () and len(logits) == len(labels)
-        for p in trained:
-            assert p.device.type == "cuda"
-            p.grad = torch.ones_like(p)
-        if clip:
-            torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-    forward_and_step.ran = True
+class Stream:
+    """In place of torch.cuda.Stream; an event is the stream that recorded it."""
+
+    waits = 0
+
+    def __init__(self, device=None):
+        pass
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        Stream.waits += 1
+
+    def query(self):
+        return True
+
+
+class InThisThread:
+    """In place of ThreadPoolExecutor, since fake tensors exist in one thread only."""
+
+    def __init__(self, workers):
+        pass
+
+    def submit(self, work, *arguments):
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class Loop:
+    """In place of `fit`: takes two steps."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.steps = monkeypatch, 0
+
+    def __call__(self, learner, batches, validate, run, contents):
+        def set_gradients(loss):
+            assert loss.device.type == "cuda" and loss.shape == ()
+            for parameter in learner.parameters:
+                assert parameter.device.type == "cuda"
+                parameter.grad = torch.ones_like(parameter)
+
+        self.monkeypatch.setattr(torch.Tensor, "backward", set_gradients)
+        learner.modules.train()
+        for batch in batches.between(0, 2):
+            assert {t.device.type for t in (batch.views, batch.labels)} == {"cuda"}
+            learner.step(batch)
+            learner.meter.copy = None
+            self.steps += 1
+        assert learner.meter.sums.device.type == "cuda" and learner.meter.steps == 2
+        state = learner.state_dict()["optimizer"]["state"]
+        assert {t.device.type for entry in state.values() for t in entry.values()} == {"cuda"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,44 +118,56 @@ def move_by_replacing(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to)
 
 
+@pytest.fixture
+def streams(monkeypatch):
+    """Streams, pinned memory and a small free memory, as a GPU has them."""
+    Stream.waits = 0
+    monkeypatch.setattr("data.batches.ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: Stream())
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("script, settings", [
     ("pretrain.py", ["CLASS_WEIGHTS=1,2,3,4", "SPECKLE=0.1"]),
+    ("pretrain.py", ["CHIP_MEMORY_GB=1e-6"]),
     ("sar_feature.py", ["FEATURE_WEIGHT=1", "BACKBONE=test_efficientnet", "INIT="]),
     ("sar_feature.py", []),
     ("finetune.py", []),
 ])  # fmt: skip
-def test_stage(pipeline, tiny_demo, monkeypatch, script, settings):
+def test_stage(pipeline, tiny_demo, monkeypatch, streams, script, settings):
     cwd, _ = pipeline
-    forward_and_step.ran = False
-    monkeypatch.setattr("utils.train.loop.fit", forward_and_step)
+    loop = Loop(monkeypatch)
+    monkeypatch.setattr("utils.train.loop.fit", loop)
     # These need numbers, which fake tensors do not have.
-    monkeypatch.setattr("utils.run.checkpoint._finite", lambda tensors: True)
-    monkeypatch.setattr("utils.run.checkpoint.checksum", lambda value: ANY)
-    monkeypatch.setattr("utils.predict.ood.fit_gaussians", lambda features, labels, counts: {})
-    monkeypatch.setattr("utils.run.resume.made_from", lambda pairs, source=None: "")
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
+    monkeypatch.setattr("utils.run.checkpoint._are_finite", lambda tensors: True)
+    monkeypatch.setattr("utils.predict.ood.fit_scores", lambda *rest: {})
+    monkeypatch.setattr("utils.run.identity.made_from", lambda *rest, **options: {})
     monkeypatch.chdir(cwd)
     arguments = [script, f"DATA_ROOT={tiny_demo}", "DEVICE=cuda", "OUT_DIR=fake", *settings]
     monkeypatch.setattr(sys, "argv", arguments)
     with FakeTensorMode(allow_non_fake_inputs=True):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert forward_and_step.ran
+    assert loop.steps == 2
+    assert Stream.waits == (2 if "CHIP_MEMORY_GB=1e-6" in settings else 0)
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_prediction_and_confidence():
+    random = np.random.default_rng(0)
+    width = Classifier("test_resnet", 5, 56).width
+    fits = fit_scores(random.normal(size=(50, width)), np.arange(50) % 5, np.full(5, 10))
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = torch.device("cuda")
         model = Classifier("test_resnet", 5, 56).eval().to(device, memory_format=torch.channels_last)
         store = ChipStore(np.zeros((9, 56, 56), np.uint8), device)
         logits, features = predict(model, store, 56, (0.4, 0.1), tta_views((0, 90), (0.9, 1.0)), 4)
         assert logits.shape == (9, 5) and logits.device.type == features.device.type == "cuda"
-        width = model.width
-        gaussians = {
-            "mean": torch.zeros(5, width), "precision": torch.eye(width),
-            "log_prior": torch.zeros(5), "log_det": torch.zeros(()),
-        }  # fmt: skip
-        gaussians = {name: value.to(device, torch.float64) for name, value in gaussians.items()}
-        found = confidence(log_densities(features, gaussians, 0.75))
-        assert found.shape == (9,) and found.device.type == "cuda"
+        for name, score in SCORES.items():
+            fit = {key: value.to(device) for key, value in fits.get(name, {}).items()}
+            confidence = score.score(logits, features, fit)
+            assert confidence.shape == (9,) and confidence.device.type == "cuda", name

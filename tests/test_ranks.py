@@ -3,8 +3,8 @@
 import csv
 import shutil
 
-from data.augment import jitter, speckle
-from data.batches import Feed
+from data.augment import Share, jitter, speckle
+from data.batches import Batches
 from data.sampler import BalancedStream, WeightedStream
 from tests.conftest import ROOT, load, must, run_ranks, run_script
 
@@ -19,21 +19,23 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
-from utils.run.ranks import agreed, averaging, equal_share, from_first, gathered, joined, rank
-with joined():
+from utils.run.ranks import (
+    distributed, gather_over_ranks, max_over_ranks, on_rank_0, rank, share_of_rank, synchronised,
+)
+with distributed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
     images, wanted = torch.randn(6, 1, 9, 9) + 3, torch.randn(6, 2, 5, 5)
     rows = [slice(0, 4), slice(4, 6)][rank()]
-    both = averaging(model)
+    both = synchronised(model)
     share = len(images[rows]) / 6
     (((both(images[rows]) - wanted[rows]) ** 2).mean() * share * 2).backward()
     told = [None, None]
     kept = [p.grad for p in model.parameters()] + list(model.buffers())
     dist.all_gather_object(told, [x.tolist() for x in kept])
     assert told[0] == told[1]
-    assert agreed(rank(), 5 - rank()) == (1, 5) and from_first(lambda: rank() + 7) == 7
-    assert gathered(torch.from_numpy(equal_share(5)), 5).tolist() == [0, 1, 2, 3, 4]
+    assert max_over_ranks(rank(), 5 - rank()) == (1, 5) and on_rank_0(lambda: rank() + 7) == 7
+    assert gather_over_ranks(torch.from_numpy(share_of_rank(5)), 5).tolist() == [0, 1, 2, 3, 4]
     if rank() == 0:
         torch.save(kept, sys.argv[1])
 """
@@ -59,24 +61,24 @@ def test_gradients_and_batch_statistics_are_those_of_the_whole_batch(tmp_path):
 def test_ranks_draw_together_what_one_process_draws(kind, ranks):
     labels = np.repeat([0, 1, 2], [50, 20, 3])
     options = (0.5, 7) if kind is WeightedStream else (7,)
-    stream, members = kind(labels, 16, *options), np.arange(73)[::-1].copy()
-    whole = Feed(stream, members, labels, torch.device("cpu"))
-    parts = [Feed(stream, members, labels, torch.device("cpu"), part=(i, ranks)) for i in range(ranks)]
+    stream, cpu = kind(labels, 16, *options), torch.device("cpu")
+    alone = Batches(stream, labels, cpu, 1, paths=range(73))
+    ranks_ = [Batches(stream, labels, cpu, 1, ranks=(i, ranks)) for i in range(ranks)]
     for step in range(40):
-        drawn = zip(*(part.draw(step) for part in parts), strict=True)
-        for one, several in zip(whole.draw(step), drawn, strict=True):
+        drawn = zip(*(batches.draw(step) for batches in ranks_), strict=True)
+        for one, several in zip(alone.draw(step), drawn, strict=True):
             assert (np.concatenate(several) == one).all()
-        assert parts[0].names(range(73), step) == list(whole.draw(step)[0])
+        assert alone.names(step) == list(alone.draw(step)[0])
 
 
 def test_ranks_augment_as_one_process_does():
     images = torch.randn(10, 1, 5, 5)
 
-    def noisy(images, rows=None):
+    def noisy(images, share=None):
         torch.manual_seed(3)
-        return jitter(speckle(images, 0.1, 0.4, 0.2, rows), 0.3, rows)
+        return jitter(speckle(images, 0.1, 0.4, 0.2, share), 0.3, share)
 
-    parts = [noisy(images[rows], (rows, 10)) for rows in (slice(0, 3), slice(3, 10))]
+    parts = [noisy(images[rows], Share(rows, 10)) for rows in (slice(0, 3), slice(3, 10))]
     assert torch.equal(torch.cat(parts), noisy(images))
 
 
@@ -116,15 +118,15 @@ HASHED = """
 import runpy, sys
 import torch.distributed as dist
 import utils.train.loop
-from utils.run.checkpoint import checksum
+from utils.run.identity import checkpoint_digest
 fit = utils.train.loop.fit
-def told(model, *rest, **options):
-    found = fit(model, *rest, **options)
-    all_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(all_ranks, checksum(model.state_dict()))
-    print("hashes", *all_ranks)
-    return found
-utils.train.loop.fit = told
+def hashing(learner, batches, validate, run, contents):
+    rows = fit(learner, batches, validate, run, contents)
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, checkpoint_digest(contents | {"model": learner.model.state_dict()}))
+    print("hashes", *hashes)
+    return rows
+utils.train.loop.fit = hashing
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -152,12 +154,12 @@ def test_the_ranks_weights_are_the_same_bit_for_bit_and_another_number_goes_on(t
 STOPPED = """
 import os, runpy, signal, sys
 from utils.run.ranks import rank
-from utils.train.loop import Learner
+from utils.train.learner import Learner
 take = Learner.step
-def step(self, number):
-    if number == {after} and rank() == 1:
+def step(self, batch):
+    if batch.step == {after} and rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return take(self, number)
+    return take(self, batch)
 Learner.step = step
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -173,16 +175,14 @@ def write(path, text):
 FAILING = """
 import runpy, sys
 from utils.run.ranks import rank
-import utils.train.validation
 from data.errors import DataError
-def fails(*rest):
-    def validate(model):
-        if rank() == 1:
-            raise DataError("chip 7 of rank 1 is gone")
-        return before(*rest)(model)
-    before = utils.train.validation.found
-    return validate
-utils.train.validation.found, utils.train.validation.validation = utils.train.validation.validation, fails
+from utils.train.validation import Validation
+validate = Validation.__call__
+def fails(self, model):
+    if rank() == 1:
+        raise DataError("chip 7 of rank 1 is gone")
+    return validate(self, model)
+Validation.__call__ = fails
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

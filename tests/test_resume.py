@@ -10,25 +10,26 @@ import time
 
 from tests.conftest import ROOT, load, must, run_python, run_script, same
 from utils.run.checkpoint import save_checkpoint
-from utils.run.resume import take_up
+from utils.run.lock import held
+from utils.run.resume import Run
 
 import pytest
 
 # Runs a script that gets a signal at a step, or (signal 0) whose losses are not finite from there on.
 STOPPED = """
 import os, runpy, sys
-from utils.train.loop import Learner
+from utils.train.learner import Learner
 take, at, number = Learner.step, int(sys.argv[1]), int(sys.argv[2])
-def step(self, place):
-    if place == at and number:
+def step(self, batch):
+    if batch.step == at and number:
         os.kill(os.getpid(), number)
-    if place == at and not number:
+    if batch.step == at and not number:
         loss_of = self.modules.loss_of
-        def lost(step):
-            loss, logits, labels = loss_of(step)
+        def lost(batch):
+            loss, logits, labels = loss_of(batch)
             return loss / 0, logits * float("nan"), labels
         self.modules.loss_of = lost
-    return take(self, place)
+    return take(self, batch)
 Learner.step = step
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -109,19 +110,27 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, t
     cwd, _ = pipeline
     for name in ("last.pt", "last.previous.pt"):
         shutil.copy(cwd / "runs/pretrain" / name, tmp_path)
-    whole = (tmp_path / "last.pt").read_bytes()
-    wanted = load(tmp_path / "last.pt")
-    batch = wanted["run"]["batch"]
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    assert take_up(tmp_path, wanted, batch, True)["run"]["step"] == wanted["run"]["step"]
-    for damaged in [bytes(flipped), *(whole[: len(whole) * tenth // 10] for tenth in range(10))]:
+    undamaged = (tmp_path / "last.pt").read_bytes()
+    settings = load(tmp_path / "last.pt")["settings"] | {"OUT_DIR": str(tmp_path)}
+    newest_step = load(tmp_path / "last.pt")["run"]["step"]
+
+    def earlier():
+        held.close()  # as at the end of a script
+        return Run("pretrain", settings).earlier
+
+    flipped = bytearray(undamaged)
+    flipped[len(undamaged) // 2] ^= 1
+    assert earlier()["run"]["step"] == newest_step
+    for damaged in [bytes(flipped), *(undamaged[: len(undamaged) * tenth // 10] for tenth in range(10))]:
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert take_up(tmp_path, wanted, batch, True)["run"]["step"] < wanted["run"]["step"]
+        assert earlier()["run"]["step"] < newest_step
         assert "last.pt" in capsys.readouterr().out and (tmp_path / "last.damaged.pt").exists()
         assert not (tmp_path / "last.pt").exists()
     (tmp_path / "last.previous.pt").write_bytes(b"")
-    assert take_up(tmp_path, wanted, batch, True) is None  # nothing to go on from: kept beside, anew
+    held.close()
+    run = Run("pretrain", settings)
+    assert run.earlier is None and run.begin({})
+    assert run.restore(None) == ([], -1.0, 0)  # trained anew; the damaged files are kept
     assert (tmp_path.parent / f"{tmp_path.name}.1/last.previous.damaged.pt").exists()
 
 

@@ -97,10 +97,10 @@ def test_finetune_moves_the_head_alone(pipeline):
 def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkeypatch):
     """Batch for batch: the cached features give the logits of the frozen network on the views."""
     cwd, _ = pipeline
-    seen = {}
+    arguments = []
 
-    def capture(model, loss_of, validate, **options):
-        seen.update(model=model, loss_of=loss_of)
+    def capture(learner, batches, *rest):
+        arguments.extend([learner.modules.loss_of, batches])
 
     monkeypatch.setattr("utils.train.loop.fit", capture)
     monkeypatch.chdir(cwd)
@@ -110,9 +110,10 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkey
     train, _ = stratified_split(pairs.labels, source["val_fraction"])
     chips = torch.from_numpy(np.array(open_store(pairs.sar, cwd / "runs/chips")[train]))
     model, stream = build_model(source), BalancedStream(pairs.labels[train], 24, 0)
-    for step in range(3):
+    loss_of, batches = arguments
+    for step, batch in enumerate(batches.between(0, 3)):
         indices, views = map(torch.from_numpy, stream.batch(step))
-        _, logits, labels = seen["loss_of"](step)
+        _, logits, labels = loss_of(batch)
         size = round(source["image_size"] * source["scales"][step])
         images = to_input(turn(chips[indices], views), size, *source["grey"])
         torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
@@ -185,8 +186,8 @@ def test_another_student_with_feature_distillation(pipeline):
 
 
 @pytest.mark.parametrize("settings", [
-    ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=logits"],
-    ["CLUSTER_BY=sequence", "ENERGY=logits", "CLUSTER_SCORE=none", "VOTE_MIN_SHARE=0.6"],
+    ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=mean"],
+    ["CLUSTER_BY=sequence", "OOD_SCORE=energy", "CLUSTER_SCORE=none", "VOTE_MIN_SHARE=0.6"],
     ["CLUSTER_BY=none", "TTA=False"],
 ])  # fmt: skip
 def test_results_in_other_ways(pipeline, settings):
@@ -216,9 +217,10 @@ def test_plain_sar_baseline(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = ["SENSOR=SAR", "GAMMA=0", "BALANCE=0", "EPOCHS=1", "OUT_DIR=plain", f"DATA_ROOT={tiny_demo}"]
     must(run_script("pretrain.py", cwd, *settings))
-    process = run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results")
-    assert process.returncode == 1 and "ENERGY=logits" in process.stderr
-    must(run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "ENERGY=logits"))
+    must(run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results"))
+    settings = ["CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "OOD_SCORE=knn"]
+    process = run_script("results.py", cwd, *settings)
+    assert process.returncode == 1 and "knn" in process.stderr
 
 
 @pytest.mark.parametrize("script, message", [

@@ -1,4 +1,4 @@
-from data.augment import jitter, normalise, resize, speckle, to_input, turn
+from data.augment import Share, jitter, normalise, resize, speckle, to_input, turn
 
 import numpy as np
 import pytest
@@ -65,3 +65,15 @@ def test_grey_levels_may_change_before_the_resize():
     torch.testing.assert_close(before, jitter(to_input(chips, 64, 0.4, 0.12), 0.3), atol=1e-4, rtol=1e-4)
     plain = torch.nn.functional.interpolate(normalise(chips, 0.4, 0.12), size=(64, 64), mode="bilinear")
     torch.testing.assert_close(to_input(chips, 64, 0.4, 0.12), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_shares_of_a_batch_are_augmented_as_the_whole_batch():
+    images = torch.randn(10, 1, 8, 8)
+
+    def augmented(rows, share):
+        torch.manual_seed(3)
+        return speckle(jitter(images[rows], 0.2, share), 0.1, 0.4, 0.12, share)
+
+    whole = augmented(slice(None), None)
+    for rows in (slice(0, 5), slice(5, 10), slice(3, 4)):
+        assert torch.equal(augmented(rows, Share(rows, 10)), whole[rows])

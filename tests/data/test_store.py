@@ -1,11 +1,23 @@
+import itertools
+import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 from data.errors import DataError
-from data.store import ChipStore, choose_place, decode, grey_statistics, open_store
+from data.store import (
+    STORES_KEPT,
+    ChipStore,
+    _may_fork,
+    choose_memory,
+    grey_statistics,
+    open_store,
+    store_digest,
+    unreadable,
+)
 from tests.conftest import ROOT
 
 import numpy as np
@@ -21,26 +33,6 @@ def save(path, image, **options):
     return path
 
 
-def test_every_kind_of_file_gives_the_same_grey(tmp_path):
-    grey = Image.fromarray(LEVELS)
-    palette = Image.fromarray(255 - LEVELS).convert("P")
-    palette.putpalette([255 - i for i in range(256) for _ in range(3)])
-    alpha = grey.convert("RGBA")
-    alpha.putalpha(128)
-    files = [
-        save(tmp_path / "l.png", grey),
-        save(tmp_path / "rgb.png", grey.convert("RGB")),
-        save(tmp_path / "rgba.png", alpha),
-        save(tmp_path / "la.png", grey.convert("LA")),
-        save(tmp_path / "p.png", palette),
-        save(tmp_path / "i16.png", Image.fromarray(LEVELS.astype(np.uint16) * 257)),
-        save(tmp_path / "l.tif", grey),
-        save(tmp_path / "L.BMP", grey),
-    ]
-    for path in files:
-        np.testing.assert_array_equal(decode(path), LEVELS, err_msg=path.name)
-
-
 def test_store_is_made_once_and_again_when_a_file_changes(tmp_path):
     paths = [save(tmp_path / f"{i}.png", Image.fromarray(np.roll(LEVELS, i, 0))) for i in range(5)]
     first = open_store(paths, tmp_path / "store")
@@ -54,6 +46,146 @@ def test_store_is_made_once_and_again_when_a_file_changes(tmp_path):
     again = open_store(paths, tmp_path / "store")
     np.testing.assert_array_equal(again[2], 255 - LEVELS)
     assert len(list((tmp_path / "store").glob("*.npy"))) == 1  # the old one is gone
+    assert len(list((tmp_path / "store").glob("*.json"))) == 1
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [save(tmp_path / f"{i}.png", Image.fromarray(np.roll(LEVELS, i, 0))) for i in range(5)]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Numbers of files that were decoded, for each store that was made."""
+    import data.store as store
+
+    decode_all, counts = store.decode_all, []
+    monkeypatch.setattr(store, "decode_all", lambda paths, *rest: counts.append(len(paths)) or decode_all(paths, *rest))
+    return counts
+
+
+def test_stores_of_several_subsets_lie_side_by_side(tmp_path, files, decoded):
+    for _ in range(3):
+        for paths in (files, files[:3], files[2:], files[::-1]):
+            np.testing.assert_array_equal(open_store(paths, tmp_path / "store")[0], np.array(Image.open(paths[0])))
+    assert decoded == [5, 3, 3, 5]
+    # A changed file makes only the stores of its own files again.
+    save(files[0], Image.fromarray(LEVELS))
+    os.utime(files[0], ns=(1, 1))
+    for paths in (files, files[:3], files[2:], files[::-1]):
+        open_store(paths, tmp_path / "store")
+    assert decoded == [5, 3, 3, 5] + [5, 3, 5]
+    assert len(list((tmp_path / "store").glob("*.npy"))) == 4
+
+
+def test_stores_of_two_sides_lie_side_by_side(tmp_path, files, decoded):
+    for _ in range(2):
+        for side in (None, 6, 12, 20):
+            chips = open_store(files, tmp_path / "store", side=side)
+            assert chips.shape == (5, side or 12, side or 12)
+    assert decoded == [5, 5, 5]  # 12 is their common side as well
+    expected = [Image.fromarray(np.roll(LEVELS, i, 0)).resize((6, 6), Image.Resampling.BILINEAR) for i in range(5)]
+    np.testing.assert_array_equal(open_store(files, tmp_path / "store", side=6), expected)
+
+
+def test_the_least_recently_opened_stores_are_deleted(tmp_path, files, decoded):
+    subsets = [list(subset) for subset in itertools.permutations(files, 2)][: STORES_KEPT + 2]
+    for moment, paths in enumerate(subsets[:STORES_KEPT]):
+        open_store(paths, tmp_path / "store")
+        (new,) = (p for p in (tmp_path / "store").glob("*.json") if p.stat().st_mtime > 1000)
+        os.utime(new, (moment, moment))
+    open_store(subsets[0], tmp_path / "store")  # now the most recently opened
+    open_store(subsets[STORES_KEPT], tmp_path / "store")
+    for kind in ("npy", "json"):
+        assert len(list((tmp_path / "store").glob(f"*.{kind}"))) == STORES_KEPT
+    decoded.clear()
+    open_store(subsets[0], tmp_path / "store"), open_store(subsets[2], tmp_path / "store")
+    assert decoded == []
+    open_store(subsets[1], tmp_path / "store")
+    assert decoded == [2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "other shape", "no json", "cut json", "old json"])
+def test_a_damaged_store_is_made_again(tmp_path, files, decoded, capsys, damage):
+    expected = np.array(open_store(files, tmp_path / "store"))
+    (path,) = (tmp_path / "store").glob("*.npy")
+    content, notes = path.read_bytes(), path.with_suffix(".json")
+    if damage == "other shape":
+        np.save(path, expected[:, :5])
+    elif damage.endswith("json"):
+        notes.unlink() if damage == "no json" else notes.write_text('{"unrea' if damage == "cut json" else "{}")
+    else:
+        path.write_bytes({"cut": content[:-1], "empty": b"", "header": b"x" * len(content)}[damage])
+    capsys.readouterr()
+    np.testing.assert_array_equal(open_store(files, tmp_path / "store"), expected)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and f"{path} is damaged (" in printed and decoded == [5, 5]
+    open_store(files, tmp_path / "store")
+    assert capsys.readouterr().out == "" and decoded == [5, 5]
+
+
+def test_digest_is_that_of_the_pixels(tmp_path, files):
+    first = store_digest(open_store(files, tmp_path / "store"))
+    shutil.copytree(tmp_path, tmp_path / "moved", ignore=shutil.ignore_patterns("store"))
+    moved = sorted((tmp_path / "moved").glob("*.png"))
+    [path.rename(path.with_name(f"EO_{path.name}")) for path in moved]
+    moved = sorted((tmp_path / "moved").glob("*.png"))
+    assert store_digest(open_store(moved, tmp_path / "other store")) == first
+    assert store_digest(open_store(files[::-1], tmp_path / "store")) != first
+    assert store_digest(open_store(files, tmp_path / "store", side=10)) != first
+    save(moved[3], Image.fromarray(255 - LEVELS))
+    assert store_digest(open_store(moved, tmp_path / "other store")) != first
+
+
+def test_bad_files_can_be_left_out(tmp_path, files, capsys):
+    files[1].write_bytes(b"")
+    chips = open_store(files, tmp_path / "store", skip_bad=True)
+    assert unreadable(chips).tolist() == [1] and unreadable(chips).dtype == np.int64 and not chips[1].any()
+    assert "1 of 5 files left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"1 files.*1\.png"):
+        open_store(files, tmp_path / "store")
+
+
+def test_files_of_several_pages_are_counted_in_one_sentence(tmp_path, files, capsys):
+    pages = Image.fromarray(LEVELS)
+    several = [save(tmp_path / f"{n}.tif", pages, save_all=True, append_images=[pages]) for n in "ab"]
+    open_store(files + several, tmp_path / "store")
+    printed = capsys.readouterr().out
+    assert "2 of 7 files have more than one page" in printed and "a.tif" in printed and printed.count("\n") == 1
+    open_store(files + several, tmp_path / "store")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_that_cannot_be_written_to_can_be_read(tmp_path, files, decoded, monkeypatch):
+    open_store(files, tmp_path / "store")
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr("data.store.locked", refuse)
+    assert len(open_store(files, tmp_path / "store")) == 5 and decoded == [5]
+
+
+def test_workers_are_forked_only_while_neither_cuda_nor_torch_distributed_runs(monkeypatch):
+    assert _may_fork() == (sys.platform == "linux")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_initialized", lambda: True)
+        assert not _may_fork()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.is_available", lambda: True)
+        patch.setattr("torch.distributed.is_initialized", lambda: True, raising=False)
+        assert not _may_fork()
+
+
+def test_stores_are_equal_however_the_workers_start(tmp_path, files, monkeypatch):
+    made = []
+    for fork in (True, False):
+        monkeypatch.setattr("data.store._may_fork", lambda fork=fork: fork)
+        chips = open_store(files * 500, tmp_path / f"store {fork}")
+        made.append((np.array(chips), json.loads(next((tmp_path / f"store {fork}").glob("*.json")).read_text())))
+    np.testing.assert_array_equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1]
 
 
 def test_sizes_are_brought_to_the_most_common(tmp_path):
@@ -96,47 +228,89 @@ def test_grey_statistics_leave_empty_chips_out():
         grey_statistics(np.zeros((3, 8, 8), np.uint8), np.arange(3))
 
 
-@pytest.mark.parametrize("place", ["device", "disk"])
-def test_chip_store_gathers_and_cuts(tmp_path, place):
-    chips = np.random.default_rng(2).integers(0, 256, (20, 8, 8), dtype=np.uint8)
-    np.save(tmp_path / "chips.npy", chips)
-    store = ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("cpu"), place)
-    np.testing.assert_array_equal(store[np.array([4, 19, 4])], chips[[4, 19, 4]])
-    part = store.subset(np.array([3, 5]))
-    assert len(part) == 2 and len(store) == 20
-    np.testing.assert_array_equal(part[0:9], chips[[3, 5]])
-    np.testing.assert_array_equal(part.subset(np.array([1]))[np.array([0])], chips[[5]])
+CHIPS = np.random.default_rng(2).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+MASK = np.arange(20) % 3 == 0
+INDICES = {
+    "int": 4, "last": -1, "numpy int": np.int32(7), "0-d array": np.array(2), "list": [4, 19, 4], "empty list": [],
+    "negative list": [-1, 0, -20], "slice": slice(3, 9), "long slice": slice(15, 99), "reversed": slice(None, None, -1),
+    "int64": np.array([4, 19, 4]), "int32": np.array([4, -2], np.int32), "uint8": np.array([4, 2], np.uint8),
+    "strided": np.arange(20)[::-3], "empty": np.zeros(0, np.int64), "mask": MASK, "mask as list": MASK.tolist(),
+    "no chip": np.zeros(20, bool),
+}  # fmt: skip
 
 
-def test_what_was_read_from_disk_is_given_back(tmp_path, monkeypatch):
-    """A run over a store on disk keeps no more of it in memory than LET_GO allows, times a page a chip."""
-    chips = np.random.default_rng(3).integers(0, 256, (8000, 56, 56), dtype=np.uint8)  # 25 MB
+def stored(tmp_path, memory):
+    np.save(tmp_path / "chips.npy", CHIPS)
+    return ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("cpu"), memory)
+
+
+@pytest.mark.parametrize("memory", ["device", "disk"])
+@pytest.mark.parametrize("name", INDICES)
+def test_any_index_gives_what_numpy_gives(tmp_path, memory, name):
+    index, store = INDICES[name], stored(tmp_path, memory)
+    expected = CHIPS[np.asarray(index, int) if name == "empty list" else index]
+    assert store[index].dtype == torch.uint8
+    np.testing.assert_array_equal(store[index], expected)
+    if not isinstance(index, slice):
+        tensor = torch.tensor(np.array(index, dtype=int if name == "empty list" else None))
+        np.testing.assert_array_equal(store[tensor], expected)
+    np.testing.assert_array_equal(store.subset(index)[:], expected.reshape(-1, 8, 8))
+
+
+@pytest.mark.parametrize("memory", ["device", "disk"])
+@pytest.mark.parametrize(
+    "index",
+    [20, -21, [3, 20], np.array([-21]), torch.tensor([99]), MASK[:19], [0.5], True, None, MASK[None], [[1]], "a"],
+)
+def test_wrong_indices_are_refused(tmp_path, memory, index):
+    store = stored(tmp_path, memory)
+    for some in (store, store.subset(np.arange(20))):
+        with pytest.raises(IndexError):
+            some[index]
+
+
+@pytest.mark.parametrize("memory", ["device", "disk"])
+def test_subsets_have_positions_of_their_own(tmp_path, memory):
+    store = stored(tmp_path, memory)
+    subset = store.subset(np.array([3, 5, 11]))
+    assert len(subset) == 3 and len(store) == 20 and subset.memory == memory
+    np.testing.assert_array_equal(subset[0:9], CHIPS[[3, 5, 11]])
+    np.testing.assert_array_equal(subset[-1], CHIPS[11])
+    np.testing.assert_array_equal(subset[[True, False, True]], CHIPS[[3, 11]])
+    np.testing.assert_array_equal(subset.subset([1, 2])[np.array([0])], CHIPS[[5]])
+    with pytest.raises(IndexError):
+        subset[3]
+
+
+def test_what_was_read_from_disk_is_released(tmp_path, monkeypatch):
+    """A run over a store on disk keeps no more of it in memory than RELEASE_AFTER allows, times a page a chip."""
+    chips = np.random.default_rng(3).integers(0, 256, (5000, 56, 56), dtype=np.uint8)  # 16 MB
     np.save(tmp_path / "chips.npy", chips)
-    monkeypatch.setattr("data.store.LET_GO", 2**20)
+    monkeypatch.setattr("data.store.RELEASE_AFTER", 2**20)
     store = ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("cpu"), "disk")
 
     def resident():
         with open("/proc/self/smaps") as file:
-            part = file.read().partition(f"{tmp_path}/chips.npy")[2]
-        return int(part.partition("Rss:")[2].split()[0]) * 1024
+            mapping = file.read().partition(f"{tmp_path}/chips.npy")[2]
+        return int(mapping.partition("Rss:")[2].split()[0]) * 1024
 
     most = 0
-    for start in range(0, 8000, 100):
-        np.testing.assert_array_equal(store[start : start + 100], chips[start : start + 100])
+    for start in range(0, 5000, 250):
+        np.testing.assert_array_equal(store[start : start + 250], chips[start : start + 250])
         most = max(most, resident())
     assert 0 < most < 8 * 2**20
 
 
-def test_place_is_the_fastest_that_takes_the_chips(monkeypatch):
+def test_the_fastest_memory_that_has_room_is_chosen(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("data.store._free_memory", lambda: 100)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40, 80))
-    assert [choose_place(size, cpu) for size in (50, 51)] == ["device", "disk"]
-    assert [choose_place(size, gpu) for size in (20, 21, 50, 51)] == ["device", "host", "host", "disk"]
-    assert choose_place(30, gpu, 30 / 2**30) == "device" and choose_place(30, cpu, 29 / 2**30) == "disk"
+    assert [choose_memory(size, cpu) for size in (50, 51)] == ["device", "disk"]
+    assert [choose_memory(size, gpu) for size in (20, 21, 50, 51)] == ["device", "host", "host", "disk"]
+    assert choose_memory(30, gpu, 30 / 2**30) == "device" and choose_memory(30, cpu, 29 / 2**30) == "disk"
 
 
-def test_free_memory_is_told():
+def test_free_memory_is_less_than_all_memory():
     from data.store import _free_memory
 
     assert 2**24 < _free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -146,8 +320,8 @@ def open_stores(paths, folder, answers):
     """In a process of its own; counts the files that it decoded."""
     import data.store as store
 
-    decode, decoded = store._decode_chunk, []
-    store._decode_chunk = lambda chunk: decoded.append(len(chunk[2])) or decode(chunk)
+    decode_all, decoded = store.decode_all, []
+    store.decode_all = lambda paths, *rest: decoded.append(len(paths)) or decode_all(paths, *rest)
     answers.put((int(open_store(paths, folder).sum()), sum(decoded)))
 
 
@@ -165,14 +339,15 @@ def test_two_processes_make_one_store(tmp_path):
 def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_store(tmp_path):
     paths = [save(tmp_path / f"{i}.png", Image.fromarray(LEVELS)) for i in range(3)]
     open_store(paths, tmp_path / "store")
-    (whole,) = (tmp_path / "store").glob("*.npy")
-    part = whole.with_suffix(".part")
-    part.write_bytes(whole.read_bytes()[:200])
-    whole.unlink()
+    (complete,) = (tmp_path / "store").glob("*.npy")
+    partial = complete.with_suffix(".part")
+    partial.write_bytes(complete.read_bytes()[:200])
+    complete.unlink()
     np.testing.assert_array_equal(open_store(paths, tmp_path / "store"), [LEVELS] * 3)
-    assert not part.exists()
+    assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_worker_that_holds_the_lock(tmp_path):
     paths = [save(tmp_path / f"{i}.png", Image.fromarray(LEVELS)) for i in range(4)]
     code = "import sys; from data.store import open_store; open_store(sys.argv[1:5] * 5_000, sys.argv[5])"

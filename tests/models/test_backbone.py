@@ -20,7 +20,7 @@ def test_unknown_backbone_names_the_nearest():
         Classifier("resnt18", 10, 64)
 
 
-def test_sizes_that_a_backbone_does_not_take():
+def test_input_sizes_that_a_backbone_does_not_take():
     Classifier("test_resnet", 3, 64).check_sizes([56, 64, 72])
     with pytest.raises(BackboneError, match="does not take inputs of 72 px"):
         Classifier("test_vit", 3, 64).check_sizes([64, 72])
@@ -42,23 +42,23 @@ def test_frozen_backbone_stays_bit_for_bit():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("classes", [1000, 7])
 def test_weights_from_a_file(tmp_path, channels, classes):
-    there = timm.create_model("test_resnet", in_chans=channels, num_classes=classes)
-    torch.save(there.state_dict(), tmp_path / "weights.pt")
+    source = timm.create_model("test_resnet", in_chans=channels, num_classes=classes)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
     model = Classifier("test_resnet", 10, 64, str(tmp_path / "weights.pt"))
     first = next(k for k, v in model.backbone.state_dict().items() if v.ndim == 4)
     for key, value in model.backbone.state_dict().items():
-        wanted = there.state_dict()[key]
+        expected = source.state_dict()[key]
         if key == first:
-            wanted = wanted.sum(1, keepdim=True)
-        torch.testing.assert_close(value, wanted)
+            expected = expected.sum(1, keepdim=True)
+        torch.testing.assert_close(value, expected)
 
 
 def test_weights_from_our_own_checkpoint(tmp_path):
-    there = Classifier("test_resnet", 5, 64)
-    torch.save({"model": there.state_dict()}, tmp_path / "best.pt")
+    source = Classifier("test_resnet", 5, 64)
+    torch.save({"model": source.state_dict()}, tmp_path / "best.pt")
     model = Classifier("test_resnet", 10, 64, str(tmp_path / "best.pt"))
     for key, value in model.backbone.state_dict().items():
-        assert torch.equal(value, there.backbone.state_dict()[key]), key
+        assert torch.equal(value, source.backbone.state_dict()[key]), key
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
@@ -67,7 +67,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         Classifier("test_resnet", 10, 64, str(tmp_path / "weights.pt"))
 
 
-def test_files_that_are_no_weights(tmp_path):
+def test_files_without_weights(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"nothing")
     with pytest.raises(BackboneError, match="is not a file of weights"):
         Classifier("test_resnet", 10, 64, str(tmp_path / "weights.pt"))

@@ -24,12 +24,12 @@ def test_equals_torch_and_formula(temperature):
 
 def test_gradient_keeps_its_size_with_temperature():
     # At high T the gradient tends to (student - teacher) / classes, centred: independent of T.
-    sizes = []
+    norms = []
     for temperature in (50.0, 100.0):
         student = STUDENT.clone().requires_grad_()
         distillation_loss(student, TEACHER, temperature).backward()
-        sizes.append(student.grad.norm())
-    torch.testing.assert_close(sizes[0], sizes[1], rtol=0.05, atol=0)
+        norms.append(student.grad.norm())
+    torch.testing.assert_close(norms[0], norms[1], rtol=0.05, atol=0)
 
 
 def test_no_gradient_into_the_teacher():

@@ -42,7 +42,7 @@ def test_extreme_logits_stay_finite(dtype, gamma, size):
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
-def test_easy_chips_count_less(batch):
+def test_easy_chips_get_less_weight(batch):
     logits, labels = torch.tensor([[4.0, 0.0], [-4.0, 0.0]]), torch.tensor([0, 0])
     easy, hard = (focal_loss(x[None], y[None], 2.0) for x, y in zip(logits, labels, strict=True))
     easy0, hard0 = (focal_loss(x[None], y[None], 0.0) for x, y in zip(logits, labels, strict=True))

@@ -1,18 +1,18 @@
-"""Prediction over views of the test chips (test-time augmentation), one pass for all scripts."""
+"""Prediction averaged over views of the chips (test-time augmentation)."""
 
 from data.augment import to_input, turn
 from data.store import to_device
-from utils.run.ranks import equal_share, gathered, rank
+from utils.run.ranks import gather_over_ranks, rank, share_of_rank
 from utils.run.settings import SettingError
 
 import torch
 from tqdm import tqdm
 
-IDENTITY = ((0, 1.0),)
+IDENTITY = ((0, 1.0),)  # one view: the chip as it is
 
 
 def tta_views(rotations, scales):
-    """{identity, horizontal flip} x rotations x scales, each once.
+    """The views {identity, horizontal flip} x rotations x scales, each once.
 
     Args:
         rotations: degrees counter-clockwise, multiples of 90.
@@ -22,16 +22,42 @@ def tta_views(rotations, scales):
         tuple of (view 0..7 as in `data.augment.turn`, scale).
 
     Raises:
-        SettingError: none of either, an angle that is no multiple of 90, a scale <= 0.
+        SettingError: no rotations or no scales, an angle that is no multiple of 90, a scale that is not
+            above 0 and finite.
     """
     if not rotations or not scales:
         raise SettingError("ROTATIONS and SCALES need at least one entry each, such as 0 and 1.0")
-    if any(angle % 90 for angle in rotations):
-        raise SettingError(f"ROTATIONS are multiples of 90 degrees, not {rotations}")
-    if any(scale <= 0 for scale in scales):
-        raise SettingError(f"SCALES are above 0, not {scales}")
+    if not all(angle % 90 == 0 for angle in rotations):
+        raise SettingError(f"ROTATIONS is one or more multiples of 90 degrees, not {rotations}")
+    if not all(0 < scale <= 1e9 for scale in scales):
+        raise SettingError(f"SCALES is one number or more, each above 0, 1e9 at most, not {scales}")
     turns = sorted({int(angle // 90) % 4 for angle in rotations})
     return tuple((flip + k, s) for s in dict.fromkeys(scales) for flip in (0, 4) for k in turns)
+
+
+def replace_views(views, rotations=(), scales=()):
+    """`views` with other rotations or other scales.
+
+    Args:
+        views: tuple of (view, scale).
+        rotations, scales: of `tta_views`, as numbers or as text; an empty one stays as in `views`.
+
+    Raises:
+        SettingError: of `tta_views`, or an entry is no number.
+    """
+    scales = _numbers("SCALES", scales) or tuple(dict.fromkeys(scale for _, scale in views))
+    if not rotations:
+        turns = dict.fromkeys(view for view, _ in views)
+        tta_views((0,), scales)  # checks the scales
+        return tuple((view, scale) for scale in dict.fromkeys(scales) for view in turns)
+    return tta_views(_numbers("ROTATIONS", rotations), scales)
+
+
+def _numbers(name, entries):
+    try:
+        return tuple(map(float, entries))
+    except ValueError as error:
+        raise SettingError(f"{name} is one number or more, not {entries}") from error
 
 
 def scaled(size, scale):
@@ -43,23 +69,23 @@ def scaled(size, scale):
 def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, progress=""):
     """Logits and features of all chips, averaged over views.
 
-    The views of one scale go through the network together. Where the device's memory does not
-    take a batch, this and all further ones are halved. Ranks share the chips and gather the answers.
+    The views of one scale go through the network together. If a batch does not fit the device's
+    memory, it and all later ones are halved. Ranks share the chips, and each returns all results.
 
     Args:
-        model: Classifier, on the device of the store, as it is (set eval mode before).
+        model: Classifier on the device of the store; set its eval mode before.
         store: ChipStore of N chips.
         image_size: side of the input at scale 1, px.
         grey: (mean, std) of the sensor's grey level, 0..1.
-        views: of tta_views.
+        views: tuple of (view 0..7, scale), as of `tta_views`.
         batch_size: inputs in one forward pass.
-        progress: name for the progress bar; "" shows none.
+        progress: name of the progress bar; "" = no bar.
 
     Returns:
         logits [N, C], features [N, D], float32 on the device.
     """
     device, count = store.device, len(store)
-    store = store.subset(equal_share(count))
+    store = store.subset(share_of_rank(count))
     by_scale = {scale: [view for view, other in views if other == scale] for _, scale in views}
     by_scale = {scale: torch.tensor(turns, device=device) for scale, turns in by_scale.items()}
     size = max(1, batch_size // max(map(len, by_scale.values())))
@@ -68,7 +94,7 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
         while start < len(store):
             chips = store[start : start + size]
             try:
-                found = [
+                sums = [
                     _forward(model, chips, turns, scaled(image_size, scale), grey)
                     for scale, turns in by_scale.items()
                 ]
@@ -77,11 +103,11 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
                     raise
                 size //= 2
                 continue
-            for kept, parts in zip((logits, features), zip(*found, strict=True), strict=True):
-                kept.append(sum(parts) / len(views))
+            for batches, of_scales in zip((logits, features), zip(*sums, strict=True), strict=True):
+                batches.append(sum(of_scales) / len(views))
             start += len(chips)
             bar.update(len(chips) * len(views))
-    return tuple(gathered(torch.cat(parts), count) for parts in (logits, features))
+    return tuple(gather_over_ranks(torch.cat(batches), count) for batches in (logits, features))
 
 
 def _forward(model, chips, turns, size, grey):
@@ -94,19 +120,19 @@ def _forward(model, chips, turns, size, grey):
 
 
 @torch.no_grad()
-def view_features(model, store, size, grey, chosen, views):
-    """Features [B, D] of the chips `chosen` at their `views`, int64 [B] arrays, at `size` px."""
+def view_features(model, store, size, grey, indices, views):
+    """Features [B, D] of the chips `indices` in their `views` 0..7, int64 [B] arrays, at `size` px."""
     views = to_device(torch.from_numpy(views), store.device)
-    return _features(model, store[chosen], views, size, grey)
+    return _features(model, store[indices], views, size, grey)
 
 
 def _features(model, chips, views, size, grey):
-    """Features [B, D] of chips, uint8 [B, S, S], each in its view, int64 [B], at `size` px."""
+    """Features [B, D] of chips, uint8 [B, S, S], each in its view 0..7, int64 [B], at `size` px."""
     images = to_input(turn(chips, views), size, *grey)
     with autocast(chips.device):
         return model.features(images.to(memory_format=torch.channels_last))
 
 
 def autocast(device):
-    """bf16 on CUDA; float32 elsewhere, where it is faster or the same."""
+    """Autocast to bf16 on CUDA; elsewhere none, because float32 is as fast there."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

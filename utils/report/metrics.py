@@ -1,41 +1,48 @@
-"""The challenge's scores, by scikit-learn."""
+"""The scores of the challenge, computed with scikit-learn."""
 
 import warnings
 
 import numpy as np
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.metrics import auc, balanced_accuracy_score, roc_curve
+
+SCORES = ("accuracy", "mean per-class accuracy", "AUROC", "FPR at 95 % TPR", "total")
 
 
 def scores(predicted, confidence, labels, ood):
-    """Scores of a prediction.
+    """Scores of a prediction of N chips.
 
     Args:
-        predicted: [N] class positions; confidence: [N], higher = more in distribution;
-        labels: [N], anything where ood; ood: [N] bool.
+        predicted: [N] int, predicted classes.
+        confidence: [N] float; higher is more in distribution.
+        labels: [N] int, true classes; any value where `ood`.
+        ood: [N] bool, True for chips out of distribution.
 
     Returns:
-        dict of floats 0..1: "accuracy" and "mean per-class accuracy" over the chips in
-        distribution, "AUROC" of in- against out-of-distribution chips, "FPR at 95 % TPR" (OOD
-        chips passed where 95 % of the others are), "total" = 0.75 accuracy + 0.25 AUROC. nan
-        where it is undefined: without chips in distribution, or without any out of it.
+        dict of floats 0..1, in the order of SCORES: "accuracy" and "mean per-class accuracy" of the chips in
+        distribution; "AUROC" of the confidence, chips in distribution against the others; "FPR at 95 % TPR",
+        the share of out-of-distribution chips above the threshold that 95 % of the chips in distribution
+        reach; "total" = 0.75 accuracy + 0.25 AUROC. A score that is undefined is nan: all of them without
+        chips in distribution, the last three without chips out of distribution.
     """
     known = ~ood
-    found = dict.fromkeys(
-        ("accuracy", "mean per-class accuracy", "AUROC", "FPR at 95 % TPR", "total"), float("nan")
-    )
+    result = dict.fromkeys(SCORES, float("nan"))
     if known.any():
-        found["accuracy"] = float(np.mean(predicted[known] == labels[known]))
-        found["mean per-class accuracy"] = class_mean_accuracy(predicted[known], labels[known])
+        result["accuracy"] = float(np.mean(predicted[known] == labels[known]))
+        result["mean per-class accuracy"] = class_mean_accuracy(predicted[known], labels[known])
     if known.any() and ood.any():
-        found["AUROC"] = float(roc_auc_score(known, confidence))
-        passed, kept, _ = roc_curve(known, confidence, drop_intermediate=False)
-        found["FPR at 95 % TPR"] = float(passed[np.searchsorted(kept, 0.95)])
-    found["total"] = 0.75 * found["accuracy"] + 0.25 * found["AUROC"]
-    return found
+        fpr, tpr, _ = roc_curve(known, confidence, drop_intermediate=False)
+        result["AUROC"] = float(auc(fpr, tpr))
+        result["FPR at 95 % TPR"] = float(fpr[np.searchsorted(tpr, 0.95)])
+    result["total"] = 0.75 * result["accuracy"] + 0.25 * result["AUROC"]
+    return result
 
 
 def undefined(ood):
-    """A line on the scores that a reference with these flags, [N] bool, cannot give; else ""."""
+    """Which scores are undefined for a reference with these flags, as a line of text; "" if none is.
+
+    Args:
+        ood: [N] bool, True for chips out of distribution.
+    """
     if ood.all():
         return "\nno chip of the reference is in distribution: all scores are undefined (-)"
     if not ood.any():
@@ -44,20 +51,23 @@ def undefined(ood):
 
 
 def class_mean_accuracy(predicted, labels):
-    """Mean over the classes that occur in `labels` of the share of their chips that is right."""
-    # A class that is only ever predicted has no accuracy; scikit-learn leaves it out too.
+    """Accuracy per class, averaged over the classes that occur in `labels`; both are [N] int."""
+    # scikit-learn warns of a class that is predicted but does not occur, and of a single class.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
+        warnings.filterwarnings("ignore", message="A single label was found")
         return float(balanced_accuracy_score(labels, predicted))
 
 
 def intervals(predicted, confidence, labels, ood, groups, resamples=500):
-    """95 % intervals of the scores, by a bootstrap over groups of chips that stand or fall together.
+    """95 % confidence intervals of the scores, by a bootstrap that draws groups of chips, not chips.
+
+    Chips of one cluster vote together, so their errors are not independent.
 
     Args:
-        predicted, confidence, labels, ood: of `scores`.
-        groups: [N] ids, 0..K-1, such as the clusters that voted.
-        resamples: number of them; where a score is undefined, they count for the others.
+        predicted, confidence, labels, ood: as of `scores`.
+        groups: [N] int, 0..K-1, the group of each chip, such as its cluster.
+        resamples: number of bootstrap samples. A score ignores those in which it is undefined.
 
     Returns:
         {score: (low, high)}.
@@ -66,13 +76,11 @@ def intervals(predicted, confidence, labels, ood, groups, resamples=500):
     """
     random = np.random.default_rng(0)
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    found = []
+    samples = []
     for _ in range(resamples):
         drawn = random.integers(len(members), size=len(members))
         chips = np.concatenate([members[group] for group in drawn])
-        found.append(scores(predicted[chips], confidence[chips], labels[chips], ood[chips]))
+        samples.append(scores(predicted[chips], confidence[chips], labels[chips], ood[chips]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN slice")
-        return {
-            name: tuple(np.nanquantile([one[name] for one in found], (0.025, 0.975))) for name in found[0]
-        }
+        return {name: tuple(np.nanquantile([sample[name] for sample in samples], (0.025, 0.975))) for name in SCORES}

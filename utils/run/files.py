@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or not there at all."""
 
 import contextlib
 import os
@@ -6,37 +6,36 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="w", keep=None, **options):
-    """A file to write that takes the name `path` when it is complete and on the disk.
+def atomic_file(path, mode="w", previous=None, **options):
+    """Open a file for writing that takes the name `path` only when it is complete and on the disk.
 
-    Whatever goes wrong before, a full disk or the end of the process, leaves an earlier file of
-    that name as it was.
+    If anything fails before (full disk, end of the process), an earlier file of that name stays as it was.
 
     Args:
-        path: file to make.
-        keep: name that an earlier file of that name takes; None = it is replaced.
+        path: file to write.
+        previous: name for an earlier file of that name; None = it is replaced.
         mode, options: of open().
 
     Raises:
-        OSError: with the file's name, where it cannot be written.
+        OSError: with the file's name, if it cannot be written.
     """
-    part = Path(f"{path}.{os.getpid()}.part")
+    temporary = Path(f"{path}.{os.getpid()}.part")
     try:
-        with open(part, mode, **options) as file:
+        with open(temporary, mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep and os.path.exists(path):
-            os.replace(path, keep)
-        part.replace(path)
-    except OSError as error:  # a file object that cannot be written to does not say which it is
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
+        temporary.replace(path)
+    except OSError as error:  # an error of a write does not name the file
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def remove_parts(folder):
-    """Delete what `whole_file` could not finish, when its process was killed."""
-    for part in Path(folder).glob("*.part"):
-        part.unlink()
+def remove_temporary(folder):
+    """Delete the temporary files that a killed `atomic_file` left in a folder."""
+    for temporary in Path(folder).glob("*.part"):
+        temporary.unlink()

@@ -1,40 +1,49 @@
-"""One process alone, or several under torchrun: which part of the work is whose.
+"""Several processes (ranks) under torchrun, or one process without it.
 
-All ranks take the same steps in the same order; the first one alone writes and speaks. In a
-process alone every function here gives back what it was given.
+All ranks take the same steps in the same order; only rank 0 writes files and prints. Without torchrun
+the functions below return their input.
 """
 
 import contextlib
 import os
 import sys
 
+from utils.run.settings import SettingError
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 
 @contextlib.contextmanager
-def joined():
-    """Within it this process works with the others that torchrun started, if it did.
+def distributed():
+    """Set up the process group if torchrun started this process, and shut it down at the end.
 
-    Of several ranks that fail the first one to do so raises; the others end without a word.
+    If several ranks fail, the first to fail raises its error; the others exit without a message.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         yield
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise SettingError(
+            f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but not {', '.join(missing)}; start several "
+            "ranks with torchrun, or unset WORLD_SIZE for one process"
+        )
     dist.init_process_group()  # gloo for tensors in host memory, NCCL for those on GPUs
-    told = dist.distributed_c10d._get_default_store()
+    store = dist.distributed_c10d._get_default_store()
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank() else sys.stdout):
             yield
     except Exception:
-        first = None  # stays so where the one that keeps the store is gone
+        first_failed = None  # stays None if the rank that hosts the store has exited
         with contextlib.suppress(Exception):
-            first = told.compare_set("failed", "", str(rank()))
-        if first != str(rank()).encode():
-            os._exit(1)  # what went wrong here is only that the other is gone
+            first_failed = store.compare_set("failed", "", str(rank()))
+        if first_failed != str(rank()).encode():
+            os._exit(1)  # this error only follows from the other rank's exit
         raise
     except SystemExit:
         dist.destroy_process_group()
@@ -43,87 +52,85 @@ def joined():
 
 
 def rank():
-    """Number of this process, 0 = the first."""
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks():
-    """Number of processes that work together."""
+def world_size():
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def part():
-    """(number of this process, number of all)."""
-    return rank(), ranks()
+def share_of_rank(count):
+    """Indices, int64, of the items that this rank computes, of `count` in all; every rank gets equally many.
 
-
-def equal_share(count):
-    """Indices, int64, of this rank's part of `count` items; parts are equally long, and follow each other.
-
-    Where they do not divide, the last item comes again at the end; `gathered` leaves that out.
+    If they do not divide evenly, the last item is repeated at the end; `gather_over_ranks` drops the copies.
     """
-    each = -(-count // ranks())
+    each = -(-count // world_size())
     return np.arange(rank() * each, (rank() + 1) * each).clip(max=count - 1)
 
 
-def gathered(part, count):
-    """[count, ...] on all ranks, of the answers [count / ranks, ...] of each to its `equal_share`."""
-    if ranks() == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(ranks())]
-    dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts)[:count]
+def gather_over_ranks(tensor, count):
+    """[count, ...] on all ranks, from each rank's results [count / ranks, ...] for its `share_of_rank`."""
+    if world_size() == 1:
+        return tensor
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return torch.cat(tensors)[:count]
 
 
-def summed(tensor):
+def sum_over_ranks(tensor):
     """A tensor summed over the ranks, in place."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def agreed(*numbers):
-    """The largest that any rank gives, number by number; the ranks wait for each other."""
-    if ranks() == 1:
+def max_over_ranks(*numbers):
+    """The largest value of each number over the ranks; the ranks wait for each other."""
+    if world_size() == 1:
         return numbers
-    told = torch.tensor(numbers)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return tuple(told.tolist())
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
-def from_first(work):
-    """What work() gives on the first rank, which does it alone."""
-    if ranks() == 1:
+def on_rank_0(work):
+    """The result of work(), which runs on rank 0 only, on all ranks."""
+    if world_size() == 1:
         return work()
-    found = [None if rank() else work()]
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return found[0]
+    result = [None if rank() else work()]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
 
 
-def averaging(module):
-    """The module as one whose gradients and batch statistics are those of all ranks together."""
-    if ranks() == 1:
+def synchronised(module):
+    """The module with gradients and batch-norm statistics computed over the batches of all ranks."""
+    if world_size() == 1:
         return module
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats:
-            norm.__class__ = type(type(norm).__name__, (_OverRanks, type(norm)), {})
-    # The statistics need no broadcast: they are the same on all ranks.
+    if any(parameter.is_cuda for parameter in module.parameters()):
+        module = convert_sync_batchnorm(module)
+    else:
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats:
+                norm.__class__ = type(type(norm).__name__, (_CPUSyncBatchNorm, type(norm)), {})
+    # The running statistics are equal on all ranks and need no broadcast.
     return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
-class _OverRanks:
-    """Batch norm, timm's with activation too, over the chips of all ranks.
+class _CPUSyncBatchNorm:
+    """Batch norm (also timm's with activation) over the chips of all ranks, for CPUs.
 
-    As torch.nn.SyncBatchNorm, which is for GPUs alone and so could not be tested without.
+    torch.nn.SyncBatchNorm runs on GPUs only, so training on several ranks could not be tested without them.
     """
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        wide = (1, -1, *[1] * (x.ndim - 2))
+        shape = (1, -1, *[1] * (x.ndim - 2))
         # Measured from the running mean, to lose fewer digits in E[x^2] - E[x]^2.
         origin = self.running_mean.clone()
-        centred = x.float() - origin.view(wide)
+        centred = x.float() - origin.view(shape)
         axes = [axis for axis in range(x.ndim) if axis != 1]
         count = torch.full_like(origin[:1], x.numel() // x.shape[1])
         sums = all_reduce(torch.cat([centred.sum(axes), centred.square().sum(axes), count]))
@@ -132,11 +139,11 @@ class _OverRanks:
         variance = square - mean.square()
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            share = self.momentum or 1 / self.num_batches_tracked
-            self.running_mean.lerp_(origin + mean, share)
-            self.running_var.lerp_(variance * count / (count - 1), share)
+            momentum = self.momentum or 1 / self.num_batches_tracked
+            self.running_mean.lerp_(origin + mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        x = torch.addcmul((self.bias - mean * scale).view(wide), centred, scale.view(wide)).to(x.dtype)
-        for then in ("drop", "act"):
-            x = getattr(self, then)(x) if hasattr(self, then) else x
+        x = torch.addcmul((self.bias - mean * scale).view(shape), centred, scale.view(shape)).to(x.dtype)
+        for layer in ("drop", "act"):
+            x = getattr(self, layer)(x) if hasattr(self, layer) else x
         return x

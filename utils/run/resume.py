@@ -1,135 +1,195 @@
-"""What a killed run goes on from, and what may not be lost: last.pt, signals, the runs before."""
+"""Resuming a run: earlier checkpoints in its folder, signals, and keeping earlier runs."""
 
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
-from utils.run.checkpoint import checksum, load_checkpoint
-from utils.run.files import remove_parts
-from utils.run.ranks import from_first, ranks
+from utils.run.checkpoint import load_checkpoint, save_checkpoint
+from utils.run.files import remove_temporary
+from utils.run.identity import NAMES
+from utils.run.lock import refuse_second_start
+from utils.run.ranks import on_rank_0, rank, world_size
+from utils.run.rules import NO_EFFECT
 from utils.run.settings import CheckpointError, SettingError, check
 
-# Settings that change where and how a run computes, not what. BATCH_SIZE goes by its sum over the ranks.
-FREE = {"OUT_DIR", "STORE_DIR", "DEVICE", "CHIP_MEMORY_GB", "COMPILE", "RESUME", "SAVE_EVERY_MIN"}
-FREE |= {"MAX_BAD_STEPS", "TENSORBOARD", "TEACHER", "STUDENT", "BATCH_SIZE"}
 
-
-def chips_a_step(out_dir, settings):
-    """Chips of a step on all ranks together: BATCH_SIZE on each, or those of the run that goes on.
+class Run:
+    """A training run in its folder OUT_DIR: what it goes on from, and what it saves.
 
     Args:
-        out_dir: folder of the run; settings: of the script.
+        stage: "pretrain", "sar_feature" or "finetune".
+        settings: the script's constants.
+
+    Attributes:
+        batch_size: chips a step, on all ranks together: BATCH_SIZE for each rank, or that of the unfinished run
+            with the same settings, which may have had another number of ranks.
 
     Raises:
-        SettingError: they are not enough for one on each rank.
+        SettingError: another process runs in this folder; or fewer chips a step than ranks.
     """
 
-    def of_run():
-        found = _newest(out_dir) if settings["RESUME"] else None
-        stopped = found and found["run"]["step"] < found["run"]["steps"]
-        same = stopped and not _changed(found["settings"], settings, FREE - {"BATCH_SIZE"})
-        return found["run"]["batch"] if same else None
-
-    batch = from_first(of_run) or settings["BATCH_SIZE"] * ranks()
-    check(batch >= ranks(), f"the run in {out_dir} has {batch} chips a step, too few for {ranks()} ranks")
-    return batch
-
-
-def take_up(out_dir, checkpoint, batch, resume):
-    """The checkpoint that a run goes on from, or None where it starts anew.
-
-    An earlier run that this one does not go on from is kept: its folder takes another name.
-
-    Args:
-        out_dir: folder of the run.
-        checkpoint: what the run's checkpoints hold: stage, settings, "made_from".
-        batch: chips a step, on all ranks together.
-        resume: False starts anew whatever is there.
-
-    Raises:
-        SettingError: an unfinished run with other settings is there.
-    """
-    remove_parts(out_dir)
-    found = _newest(out_dir) if resume else None
-    if found is None:
-        if any(Path(out_dir).glob("last*.pt")):
-            _set_aside(out_dir)
-        return None
-    changed = _differences(found, checkpoint, batch)
-    if not changed:
-        return found
-    if found["run"]["step"] < found["run"]["steps"]:
-        raise SettingError(
-            f"{out_dir} holds an unfinished run with other settings: {'; '.join(changed)}. Set them as "
-            "they were to go on, RESUME=False to start anew (the old run is kept), or another OUT_DIR"
+    def __init__(self, stage, settings):
+        self.stage, self.settings, self.set_aside = stage, settings, ""  # why an earlier run is set aside
+        self.trained = False
+        self.out_dir, self.save_every_min = Path(settings["OUT_DIR"]), settings["SAVE_EVERY_MIN"]
+        on_rank_0(lambda: refuse_second_start(self.out_dir))
+        self.earlier = on_rank_0(self._newest) if settings["RESUME"] else None
+        self.batch_size = settings["BATCH_SIZE"] * world_size()
+        same_size = self.earlier and self.earlier["settings"].get("BATCH_SIZE") == settings["BATCH_SIZE"]
+        if same_size and not self._is_finished() and not self._changed_settings():
+            self.batch_size = self.earlier["run"]["batch"]
+        check(
+            self.batch_size >= world_size(),
+            f"the run in {self.out_dir} has {self.batch_size} chips a step, too few for {world_size()} ranks",
         )
-    _set_aside(out_dir)
-    return None
+
+    def begin(self, made_from):
+        """Decide what becomes of an earlier run in the folder.
+
+        An unfinished run is resumed if settings, data and the checkpoint before are the same. A finished one
+        that differs will be kept under another name; nothing is renamed before `restore`.
+
+        Args:
+            made_from: of `utils.run.identity.made_from`.
+
+        Returns:
+            False if the folder holds this very run, finished: nothing is left to train.
+
+        Raises:
+            SettingError: the folder holds an unfinished run with other settings, data or checkpoint.
+        """
+        self.made_from = made_from
+        return on_rank_0(self._begin)
+
+    def _begin(self):
+        if self.earlier is None:
+            if any(self.out_dir.glob("last*.pt")):
+                self.set_aside = "RESUME=False, or no readable checkpoint"
+            return True
+        changed, code_changed = self._changes()
+        if self._is_finished():
+            if changed or code_changed:
+                self.set_aside = "; ".join(changed or [f"{NAMES['code']} has changed"])
+                return True
+            finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.earlier["run"]["saved_at"]))
+            print(
+                f"nothing was trained: {self.out_dir} holds this run already, finished on {finished}. "
+                "RESUME=False trains it anew and keeps the old one",
+                flush=True,
+            )
+            return False
+        if changed:
+            raise SettingError(
+                f"{self.out_dir} holds an unfinished run with other settings: {'; '.join(changed)}. Set them as "
+                "they were to go on, RESUME=False to start anew (the old run is kept), or another OUT_DIR"
+            )
+        if code_changed:
+            print(f"{NAMES['code']} has changed since this run was started; it goes on with the new code", flush=True)
+        return True
+
+    def restore(self, learner):
+        """Load the earlier run's state into the learner.
+
+        Returns:
+            rows of the history, best validation value, and the step to go on from.
+        """
+        earlier, self.earlier, self.trained = on_rank_0(self._prepare_folder), None, True
+        if earlier is None:
+            return [], -1.0, 0
+        state = earlier["run"]
+        learner.load_state_dict(state["learner"])
+        print(f"goes on from step {state['step']} of {state['steps']} of the run in {self.out_dir}", flush=True)
+        return state["history"], state["best"], state["step"]
+
+    def _prepare_folder(self):
+        remove_temporary(self.out_dir)
+        if self.set_aside:
+            _set_aside(self.out_dir, self.set_aside)
+            return None
+        return self.earlier
+
+    def save(self, name, contents, state=None):
+        """Write a checkpoint; with `state`, a dict of what a run needs to go on, the one before is kept as well."""
+        if rank():
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        contents = contents | {"settings": self.settings, "stage": self.stage, "made_from": self.made_from}
+        if state is not None:
+            contents["run"] = state | {"batch": self.batch_size, "saved_at": time.time()}
+        save_checkpoint(self.out_dir / name, contents, keep_previous=state is not None)
+
+    def announce(self, script, constant):
+        """Print what was written, if anything was, and the command of the next stage, whose `constant` takes this checkpoint."""
+        path = f"{self.out_dir}/best.pt"
+        is_default = path == f"runs/{self.stage}/best.pt" and constant != "CHECKPOINT" or self.stage == "finetune"
+        command = f"python {script}" + ("" if is_default else f" {constant}={path}")
+        if self.trained:
+            print(f"written: {path}, last.pt, history.csv, curves.png")
+        print(f"next: {command}", flush=True)
+
+    def _newest(self):
+        """The newest readable checkpoint to go on from, or None; a damaged one is renamed."""
+        for path in self.out_dir / "last.pt", self.out_dir / "last.previous.pt":
+            if not path.exists():
+                continue
+            try:
+                return load_checkpoint(path, "", with_run=True)
+            except CheckpointError as error:
+                damaged = path.with_suffix(".damaged.pt")
+                os.replace(path, damaged)  # or it would replace the one before
+                reason = str(error).partition(";")[0]
+                print(f"{reason}. Kept as {damaged}; the one before is taken", flush=True)
+        return None
+
+    def _is_finished(self):
+        state = self.earlier["run"]
+        return state["step"] >= state["steps"] and len(state["history"]) >= self.earlier["settings"].get("EPOCHS", 0)
+
+    def _changed_settings(self):
+        """Which settings that matter are other ones, in words."""
+        before, now = self.earlier["settings"], self.settings
+        names = [n for n in {**before, **now} if n not in NO_EFFECT and before.get(n) != now.get(n)]
+        return [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names]
+
+    def _changes(self):
+        """What has changed since the earlier run, in words, and whether its source code has."""
+        if self.earlier["stage"] != self.stage:
+            return [f"it is one of {self.earlier['stage']}.py"], False
+        changed, batch = self._changed_settings(), self.earlier["run"]["batch"]
+        if batch != self.batch_size:
+            changed.append(f"chips a step, BATCH_SIZE on every rank, were {batch}, are {self.batch_size}")
+        before, now = self.earlier.get("made_from", {}), self.made_from
+        differs = [name for name in NAMES if before.get(name) != now.get(name)]
+        changed += [f"{NAMES[name]} has changed" for name in differs if name != "code"]
+        return changed, "code" in differs
 
 
-def made_from(pairs, source=None):
-    """A hash of what a run is made from: the labels of its pairs, and the checkpoint of the stage before."""
-    return checksum([pairs.labels.tobytes(), source and source["checksum"]])
-
-
-def _newest(out_dir):
-    """The newest checkpoint that a run in out_dir can go on from; a damaged one takes another name."""
-    for path in Path(out_dir, "last.pt"), Path(out_dir, "last.previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            return load_checkpoint(path, "", whole=True)
-        except CheckpointError as error:
-            damaged = path.with_suffix(".damaged.pt")
-            os.replace(path, damaged)  # or it would take the place of the one before
-            wrong = str(error).partition(";")[0]
-            print(f"{wrong}. Kept as {damaged}; the one before is taken", flush=True)
-    return None
-
-
-def _differences(found, checkpoint, batch):
-    """What would make another run of it, in words."""
-    if found["stage"] != checkpoint["stage"]:
-        return [f"it is one of {found['stage']}.py"]
-    changed = _changed(found["settings"], checkpoint["settings"], FREE)
-    if found["run"]["batch"] != batch:
-        changed.append(f"chips a step, BATCH_SIZE on every rank, were {found['run']['batch']}, are {batch}")
-    if found.get("made_from") != checkpoint.get("made_from"):
-        changed.append("it was made from other data or an other checkpoint")
-    return changed
-
-
-def _changed(then, now, free):
-    """Which settings are other ones, in words."""
-    names = [name for name in {**then, **now} if name not in free and then.get(name) != now.get(name)]
-    return [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in names]
-
-
-def _set_aside(out_dir):
+def _set_aside(out_dir, why):
     """Rename a folder to the first free of name.1, name.2, ..."""
     number = 1
     while os.path.lexists(old := f"{os.path.normpath(out_dir)}.{number}"):
         number += 1
     os.rename(out_dir, old)
-    print(f"the earlier run in {out_dir} is kept as {old}", flush=True)
+    print(f"the earlier run in {out_dir} is kept as {old} ({why})", flush=True)
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within it the first SIGINT or SIGTERM only fills the list that it gives; the second ends at once."""
-    received, before = [], {}
+    """Collect the first SIGINT or SIGTERM in the list that this yields; the second one ends the process."""
+    received, previous = [], {}
 
     def receive(number, frame):
         received.append(number)
-        for other, handler in before.items():
+        for other, handler in previous.items():
             signal.signal(other, signal.SIG_DFL if other == signal.SIGTERM else handler)
 
-    with contextlib.suppress(ValueError):  # not in the main thread: signals go elsewhere
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone can receive signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, receive)
+            previous[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

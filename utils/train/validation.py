@@ -1,6 +1,7 @@
-"""How a stage validates: on labelled chips of its sensor where the data has them, else on pairs."""
+"""Validation after each epoch: on labelled chips of the stage's sensor if the data set has them, else on pairs."""
 
 from data.errors import DataError
+from data.layouts import find_validation
 from data.store import open_store, place_stores, unreadable
 from utils.predict.tta import predict
 from utils.report.metrics import class_mean_accuracy
@@ -9,37 +10,53 @@ import numpy as np
 import torch
 
 
-def validation(checkpoint, store, labels, held_out, labelled, store_dir, skip_bad=False):
-    """A function that scores a model: {"accuracy", "mean per-class accuracy"}.
+class Validation:
+    """Scores a model on labelled chips.
 
     Args:
-        checkpoint: with image_size and grey, as saved.
-        store: ChipStore of the training pairs' chips of the stage's sensor.
-        labels: [N] of the pairs; held_out: indices of those that are not trained on.
-        labelled: `data.layouts.Labelled` chips, whose known ones are used instead; or None.
-        store_dir, skip_bad: of `data.store.open_store`.
-    """
-    if labelled is not None and not labelled.ood.all():
-        chips = open_store(labelled.paths, store_dir, skip_bad)
-        (store,) = place_stores(store.device, 0.0, chips)
-        held_out = np.setdiff1d(np.flatnonzero(~labelled.ood), unreadable(chips))
-        labels = labelled.labels
-    store, truth = store.subset(held_out), labels[held_out]
-    if not len(truth):
-        raise DataError("no class has two chips, so none is left to validate on; add chips")
-    frozen_features = []  # of a frozen backbone: the same in every epoch
+        store: ChipStore of N chips; labels: int64 [N] array.
+        image_size, grey: of the network's input, as in `utils.predict.tta.predict`.
 
-    def validate(model):
-        if frozen_features:
-            with torch.no_grad():
-                logits = model.head(frozen_features[0])
+    Raises:
+        DataError: there are no chips.
+    """
+
+    def __init__(self, store, labels, image_size, grey):
+        if not len(labels):
+            raise DataError("no class has two chips, so none is left to validate on; add chips")
+        self.store, self.labels, self.image_size, self.grey = store, labels, image_size, grey
+        self.frozen_features = None
+
+    def __call__(self, model):
+        """{"accuracy", "mean per-class accuracy"} of a model in eval mode."""
+        if self.frozen_features is None:
+            logits, features = predict(model, self.store, self.image_size, self.grey)
+            self.frozen_features = features if model.frozen else None  # the same in every epoch
         else:
-            logits, features = predict(model, store, checkpoint["image_size"], checkpoint["grey"])
-            frozen_features.extend([features] if model.frozen else [])
-        guess = logits.argmax(1).cpu().numpy()
+            with torch.no_grad():
+                logits = model.head(self.frozen_features)
+        predicted = logits.argmax(1).cpu().numpy()
         return {
-            "accuracy": float((guess == truth).mean()),
-            "mean per-class accuracy": class_mean_accuracy(guess, truth),
+            "accuracy": float((predicted == self.labels).mean()),
+            "mean per-class accuracy": class_mean_accuracy(predicted, self.labels),
         }
 
-    return validate
+
+def labelled_chips(root, classes, device, store_dir, skip_bad, side):
+    """The labelled SAR chips of a data set whose class is known, to validate on.
+
+    Args:
+        root, classes: of `data.layouts.find_validation`.
+        device: where the chips are needed.
+        store_dir, skip_bad, side: of `data.store.open_store`.
+
+    Returns:
+        (ChipStore, labels), or None if the data set has no such chips.
+    """
+    labelled = find_validation(root, classes)
+    if labelled is None or labelled.ood.all():
+        return None
+    chips = open_store(labelled.paths, store_dir, skip_bad, side)
+    (store,) = place_stores(device, 0.0, chips)
+    known = np.setdiff1d(np.flatnonzero(~labelled.ood), unreadable(chips))
+    return store.subset(known), labelled.labels[known]

@@ -3,9 +3,8 @@
 import csv
 from pathlib import Path
 
-from data import demo as demo_set
-from data import simulate
-from data.demo.writer import TRAIN_COUNTS, ensure_demo, write_demo
+from data.demo import ensure_demo, simulator, write_demo, writer
+from data.demo.writer import TRAIN_COUNTS
 from data.layouts import OFFICIAL_CLASSES
 
 import numpy as np
@@ -168,11 +167,11 @@ def test_grey_levels_match_the_real_chips(sar_chips, real_chips):
 
 
 def test_a_tall_block_is_laid_over_towards_the_radar_and_throws_its_shadow_away_from_it():
-    block = [simulate.Part(0, 0, 6, 6, 3, simulate.CONCRETE)]
-    looks = [simulate.sar_chip(np.random.default_rng(i), block, np.pi / 4) for i in range(20)]
+    block = [simulator.Block(0, 0, 6, 6, 3, simulator.CONCRETE)]
+    looks = [simulator.sar_chip(np.random.default_rng(i), block, np.pi / 4) for i in range(20)]
     centre = np.mean(looks, 0)[:, 26:30].mean(1)
     ground = np.mean(looks, 0)[:, :4].mean()
-    metre = 56 / simulate.CHIP_METRES
+    metre = 56 / simulator.CHIP_METRES
     near, far = 28 - 3 * metre, 28 + 3 * metre  # the block's sides
     assert centre[int(near - 2 * metre) : int(near)].mean() > 1.1 * ground
     assert centre[int(far + metre / 2) : int(far + 2.5 * metre)].mean() < 0.8 * ground
@@ -180,8 +179,8 @@ def test_a_tall_block_is_laid_over_towards_the_radar_and_throws_its_shadow_away_
 
 def test_a_side_flashes_when_it_faces_the_radar():
     def bright_pixels(heading):
-        bus = simulate._place(simulate.VEHICLES["bus"], 0, 0, heading)
-        chips = [simulate.sar_chip(np.random.default_rng(i), bus, 0.7) for i in range(20)]
+        bus = simulator.at_pose(simulator.VEHICLES["bus"], 0, 0, heading)
+        chips = [simulator.sar_chip(np.random.default_rng(i), bus, 0.7) for i in range(20)]
         return np.mean(np.array(chips) > 220)
 
     assert bright_pixels(0.0) > 2 * bright_pixels(0.6)
@@ -196,7 +195,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_set, "simulate_scene", interrupt)
+    monkeypatch.setattr(writer, "simulate_scene", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path / "demo", train_counts=SMALL, val_scenes=1, test_scenes=1)
     assert list(tmp_path.iterdir()) == []
@@ -205,7 +204,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_ensure_demo_writes_the_default_root_once_and_no_other(tmp_path, monkeypatch):
     written = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_set, "write_demo", written.append)
+    monkeypatch.setattr(writer, "write_demo", written.append)
     ensure_demo("datasets/unicorn")
     assert written == []
     ensure_demo("./datasets/demo/")

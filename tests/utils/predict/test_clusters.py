@@ -1,4 +1,4 @@
-from utils.predict.clusters import HOW, cluster_chips, vote
+from utils.predict.clusters import cluster_chips
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def scenes(rng, vehicles, dimensions=64, distance=2.5, drift=1.0, frames=(8, 20)
         lengths = rng.integers(*frames, count)
         numbers = number + rng.permutation(lengths.sum())
         turns = np.split(numbers, np.cumsum(lengths)[:-1])  # whose frame it is changes at random
-        names += [f"Gotcha{n}.png" for turn in turns for n in np.sort(turn)]
+        names += [f"Gotcha{n}.png" for of_vehicle in turns for n in np.sort(of_vehicle)]
         number += lengths.sum() + gap
         for kind, length in zip(rng.choice(8, count, replace=False), lengths, strict=True):
             phase = rng.uniform(0, 2 * np.pi) + np.sort(rng.uniform(0, np.pi, length))
@@ -33,7 +33,7 @@ def scenes(rng, vehicles, dimensions=64, distance=2.5, drift=1.0, frames=(8, 20)
 
 @pytest.mark.parametrize("dimensions", [16, 64, 512])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scenes_of_one_two_and_three_vehicles_are_told_apart(dimensions, seed):
+def test_scenes_of_one_two_and_three_vehicles_are_separated(dimensions, seed):
     rng = np.random.default_rng(seed)
     features, names, truth = scenes(rng, [1] * 18 + [2] * 10 + [3] * 2, dimensions)
     assert adjusted_rand_score(truth, cluster_chips(features, names)) > 0.95
@@ -41,7 +41,7 @@ def test_scenes_of_one_two_and_three_vehicles_are_told_apart(dimensions, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_scenes_of_one_vehicle_each_are_left_whole(seed):
+def test_scenes_of_one_vehicle_each_are_not_split(seed):
     features, names, truth = scenes(np.random.default_rng(seed), [1] * 30)
     assert cluster_chips(features, names).max() + 1 <= 31
 
@@ -54,9 +54,9 @@ def test_a_single_scene_is_enough(vehicles):
 
 def test_sequences_break_where_the_gap_exceeds_the_limit():
     names = ["Gotcha1.png", "Gotcha101.png", "Gotcha202.png", "Gotcha203.png", "Gotcha203.png"]
-    found = cluster_chips(np.ones((5, 4)), names, "sequence", sequence_gap=100)
-    assert found.tolist() == [0, 0, 1, 1, 1]
-    assert found.dtype == np.int64
+    ids = cluster_chips(np.ones((5, 4)), names, "sequence", sequence_gap=100)
+    assert ids.tolist() == [0, 0, 1, 1, 1]
+    assert ids.dtype == np.int64
     assert cluster_chips(np.ones((5, 4)), names, "sequence", sequence_gap=0).max() == 3
 
 
@@ -77,8 +77,6 @@ def test_names_without_numbers_are_refused_by_name(by):
 def test_unknown_choices_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="features, sequence, both, none"):
         cluster_chips(np.ones((1, 2)), ["a1"], "scene")
-    with pytest.raises(ValueError, match="hard.*soft"):
-        vote(np.ones((1, 2)), [0], "median")
     with pytest.raises(ValueError, match="2 .* 1"):
         cluster_chips(np.ones((2, 2)), ["a1"])
 
@@ -87,20 +85,19 @@ def test_unknown_choices_are_refused_with_the_choices():
 def test_the_order_of_the_chips_does_not_matter(by):
     features, names, _ = scenes(np.random.default_rng(0), [1, 2, 2, 1])
     order = np.random.default_rng(1).permutation(len(names))
-    found = cluster_chips(features, names, by)
+    ids = cluster_chips(features, names, by)
     shuffled = cluster_chips(features[order], names[order], by)
-    assert adjusted_rand_score(found[order], shuffled) == 1
-    assert set(found) == set(range(found.max() + 1))
+    assert adjusted_rand_score(ids[order], shuffled) == 1
+    assert set(ids) == set(range(ids.max() + 1))
 
 
 @pytest.mark.parametrize("by", ["features", "sequence", "both", "none"])
 @pytest.mark.parametrize("chips", [0, 1, 2, 3])
 def test_few_chips(by, chips):
     features = np.eye(4, dtype=np.float32)[:chips]
-    found = cluster_chips(features, [f"Gotcha{i}.png" for i in range(chips)], by, clusters=9)
-    assert found.shape == (chips,) and found.dtype == np.int64
-    assert set(found) == set(range(found.max(initial=-1) + 1))
-    assert vote(np.eye(4)[:chips], found).shape == (chips,)
+    ids = cluster_chips(features, [f"Gotcha{i}.png" for i in range(chips)], by, clusters=9)
+    assert ids.shape == (chips,) and ids.dtype == np.int64
+    assert set(ids) == set(range(ids.max(initial=-1) + 1))
 
 
 def test_two_vehicles_one_after_the_other_are_split_and_equal_chips_are_not():
@@ -126,50 +123,3 @@ def test_features_gives_the_number_of_clusters_asked_for():
 def test_more_chips_than_ward_takes():
     features, names, truth = scenes(np.random.default_rng(0), [2], 16, 4, frames=(800, 900))
     assert adjusted_rand_score(truth, cluster_chips(features, names)) > 0.95
-
-
-def test_hard_vote_by_hand():
-    logits = np.array([[3, 0, 0], [3, 0, 0], [0, 9, 0], [0, 0, 1], [0, 5, 0.0]])
-    assert vote(logits, [7, 7, 7, 3, 3]).tolist() == [0, 0, 0, 1, 1]  # 2 : 1, then a tie by sums
-    assert vote(logits, [0, 0, 0, 0, 0]).tolist() == [1] * 5  # 2 : 2 : 1, by sums
-    assert vote(logits, [0, 1, 2, 3, 4]).tolist() == [0, 0, 1, 2, 1]  # alone
-
-
-def test_soft_vote_sums_probabilities():
-    p = np.array([[0.51, 0.49, 0], [0.51, 0.49, 0], [0.02, 0.98, 0]]) + 1e-12
-    assert vote(np.log(p), [0, 0, 0], "hard").tolist() == [0, 0, 0]
-    assert vote(np.log(p), [0, 0, 0], "soft").tolist() == [1, 1, 1]
-    assert vote(np.log(p) + 1000, [0, 0, 0], "soft").tolist() == [1, 1, 1]  # no overflow
-
-
-def test_product_vote_multiplies_probabilities():
-    p = np.array([[0.6, 0.4], [0.6, 0.4], [0.05, 0.95]])  # 0.018 : 0.152
-    assert vote(np.log(p[:2]), [0, 0], "product").tolist() == [0, 0]
-    assert vote(np.log(p) + 1000, [0, 0, 0], "product").tolist() == [1, 1, 1]
-    share = 0.152 ** (1 / 3) / (0.152 ** (1 / 3) + 0.018 ** (1 / 3))
-    assert vote(np.log(p), [0, 0, 0], "product", share - 0.01).tolist() == [1, 1, 1]
-    assert vote(np.log(p), [0, 0, 0], "product", share + 0.01).tolist() == [0, 0, 1]
-
-
-def test_soft_vote_never_gives_a_label_that_no_chip_has():
-    p = np.array([[0.55, 0.45, 1e-9], [1e-9, 0.45, 0.55]])  # label 1 has the highest sum
-    assert set(vote(np.log(p), [0, 0], "soft")) <= {0, 2}
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_a_vote_never_invents_a_label(how):
-    rng = np.random.default_rng(0)
-    logits, clusters = rng.normal(size=(300, 10)), rng.integers(0, 80, 300)
-    voted = vote(logits, clusters, how)
-    for cluster in np.unique(clusters):
-        inside = clusters == cluster
-        assert len(set(voted[inside])) == 1
-        assert voted[inside][0] in logits[inside].argmax(1)
-
-
-def test_a_narrow_winner_changes_nothing():
-    logits = np.log(np.array([[0.6, 0.4], [0.6, 0.4], [0.3, 0.7]]))
-    assert vote(logits, [0, 0, 0], "hard", 0.66).tolist() == [0, 0, 0]  # 2 of 3
-    assert vote(logits, [0, 0, 0], "hard", 0.67).tolist() == [0, 0, 1]
-    assert vote(logits, [0, 0, 0], "soft", 0.49).tolist() == [0, 0, 0]  # 1.5 of 3
-    assert vote(logits, [0, 0, 0], "soft", 0.51).tolist() == [0, 0, 1]

@@ -1,6 +1,6 @@
 from data.store import ChipStore
 from models.backbone import Classifier
-from utils.predict.tta import predict, tta_views, view_features
+from utils.predict.tta import predict, replace_views, tta_views, view_features
 
 import numpy as np
 import pytest
@@ -28,6 +28,20 @@ def test_views_are_the_product():
     for wrong in (((45,), (1.0,)), ((), (1.0,)), ((0,), ()), ((0,), (0.0,))):
         with pytest.raises(ValueError, match="ROTATIONS|SCALES"):
             tta_views(*wrong)
+
+
+def test_views_are_replaced_by_rotations_or_scales():
+    views = ((0, 1.0), (2, 1.0), (0, 1.25), (2, 1.25))
+    assert replace_views(views) == views
+    assert replace_views(views, scales=("0.5", "1")) == ((0, 0.5), (2, 0.5), (0, 1.0), (2, 1.0))
+    assert replace_views(views, rotations=(90,)) == ((1, 1.0), (5, 1.0), (1, 1.25), (5, 1.25))
+    assert replace_views(views, ("0", "90"), (1.0,)) == tta_views((0, 90), (1.0,))
+    for wrong in (("45",), ("left",), ("nan",)):
+        with pytest.raises(ValueError, match="ROTATIONS"):
+            replace_views(views, rotations=wrong)
+    for wrong in (("0",), ("-1",), ("large",), ("inf",)):
+        with pytest.raises(ValueError, match="SCALES"):
+            replace_views(views, scales=wrong)
 
 
 def test_equals_a_naive_loop_over_views(model):
@@ -69,8 +83,8 @@ def test_a_batch_too_large_for_the_memory_is_halved(model, monkeypatch):
         return features(images)
 
     monkeypatch.setattr(model, "features", small_memory)
-    found = predict(model, store(), 56, GREY, tta_views((0, 90), (0.875, 1.0)), batch_size=64)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    results = predict(model, store(), 56, GREY, tta_views((0, 90), (0.875, 1.0)), batch_size=64)
+    torch.testing.assert_close(results, wanted, atol=1e-4, rtol=1e-4)
     assert sizes[0] == 28 and max(sizes[-8:]) <= 10
 
 
@@ -86,6 +100,6 @@ def test_one_input_too_large_for_the_memory_ends_it(model, monkeypatch):
 @pytest.mark.parametrize("view", [0, 3, 6])
 def test_view_features_are_those_of_the_view(model, view):
     chosen = np.array([5, 0, 5])
-    found = view_features(model, store(), 49, GREY, chosen, np.full(3, view))
+    features = view_features(model, store(), 49, GREY, chosen, np.full(3, view))
     wanted = predict(model, store(CHIPS[chosen]), 56, GREY, ((view, 0.875),))[1]
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, wanted, atol=1e-4, rtol=1e-4)

@@ -11,10 +11,10 @@ import torch
 @pytest.fixture
 def checkpoint():
     return {
-        "format": FORMAT, "stage": "pretrain", "sensor": "EO", "settings": {"EPOCHS": 1, "SCALES": (1.0,)},
-        "backbone": "test_resnet", "image_size": 32, "classes": ("a", "b"), "class_ids": (0, 1),
-        "counts": (5, 3), "scales": (1.0,), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
-        "model": Classifier("test_resnet", 2, 32).state_dict(),
+        "stage": "pretrain", "sensor": "EO", "settings": {"EPOCHS": 1, "SCALES": (1.0,)}, "image_size": 32,
+        "backbone": "test_resnet", "chip_side": 30, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
+        "scales": (1.0,), "views": ((0, 1.0),), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
+        "ood": {}, "model": Classifier("test_resnet", 2, 32).state_dict(),
     }  # fmt: skip
 
 
@@ -39,6 +39,25 @@ def test_a_failed_write_leaves_the_old_one(tmp_path, checkpoint):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
+def test_the_one_before_is_kept(tmp_path, checkpoint):
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path / "last.pt", checkpoint | {"epoch": epoch}, keep_previous=True)
+    epochs = {p.name: torch.load(p, weights_only=True)["epoch"] for p in tmp_path.iterdir()}
+    assert epochs == {"last.pt": 3, "last.previous.pt": 2}
+
+
+def test_any_damaged_byte_of_the_weights_is_noticed(tmp_path, checkpoint):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, checkpoint)
+    content = path.read_bytes()
+    for tenth in range(1, 10):
+        damaged = bytearray(content)
+        damaged[len(content) * tenth // 10] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"best\.pt is (damaged|no readable)"):
+            load_checkpoint(path, "pretrain.py")
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("evil", "w"))
@@ -49,21 +68,27 @@ def test_refused(tmp_path, checkpoint, monkeypatch):
     path = tmp_path / "best.pt"
     with pytest.raises(CheckpointError, match="run first: python pretrain.py"):
         load_checkpoint(path, "pretrain.py")
-    path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no readable checkpoint"):
-        load_checkpoint(path, "pretrain.py")
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+    for content in (b"", pickle.dumps(Evil())):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="no readable checkpoint"):
+            load_checkpoint(path, "pretrain.py")
+    torch.save(Evil(), path)
+    with pytest.raises(CheckpointError, match="code in it, which is not run"):
         load_checkpoint(path, "pretrain.py")
     assert not (tmp_path / "evil").exists()
     for change, message in (
-        ({"format": FORMAT + 1}, "newer version"),
         ({"sensor": "SAR"}, "SAR checkpoint of pretrain.py"),
         ({"stage": "finetune"}, "checkpoint of finetune.py"),
+        ({"views": ((9, 1.0),)}, "views missing or wrong"),
+        ({"ood": {"energy": 3}}, "ood missing or wrong"),
     ):
         save_checkpoint(path, checkpoint | change)
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path, "pretrain.py", "EO", ("pretrain",))
+    for version, message in ((FORMAT + 1, "a newer version; update"), (FORMAT - 1, "an older version; make it")):
+        torch.save(checkpoint | {"format": version}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path, "pretrain.py")
     save_checkpoint(path, {"model": checkpoint["model"]})
     with pytest.raises(CheckpointError, match="not a checkpoint of this project"):
         load_checkpoint(path, "pretrain.py")

@@ -1,9 +1,12 @@
 import runpy
 
-from utils.run.settings import SettingError, parse, read_settings
+from tests.conftest import ROOT
+from utils.run.rules import NO_EFFECT, RULES
+from utils.run.settings import SettingError, _constants, parse, read_settings
 
 import pytest
 
+SCRIPTS = [ROOT / f"{stage}.py" for stage in ("pretrain", "sar_feature", "finetune", "results")]
 TEXT = """'''A script.'''
 from string import ascii_letters as IMPORTED
 EPOCHS = 3  # passes
@@ -72,6 +75,32 @@ def test_strings_are_taken_as_they_are():
     assert parse("ROOT", "../a b/[c]", "") == "../a b/[c]"
 
 
-def test_help_shows_the_constants_with_their_comments(script):
-    with pytest.raises(SystemExit, match="EPOCHS = 3  # passes"):
+def test_help_shows_the_constants_with_their_comments(script, capsys):
+    with pytest.raises(SystemExit) as exit:
         read_settings(script, ["--help"])
+    assert exit.value.code == 0 and "EPOCHS = 3  # passes" in capsys.readouterr().out
+
+
+def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    (tmp_path / "script.py").write_text("OUT_DIR = '~/runs'\nTEACHER = ''\nNAME = '~'\n")
+    settings = read_settings(runpy.run_path(str(tmp_path / "script.py")), ["TEACHER=$SCRATCH/best.pt"])
+    assert settings == {"OUT_DIR": "/home/someone/runs", "TEACHER": "/scratch/best.pt", "NAME": "~"}
+
+
+@pytest.mark.parametrize("name", sorted({n for p in SCRIPTS for n in _constants(p)}))
+def test_numbers_have_a_rule_that_their_defaults_obey(name):
+    for path in SCRIPTS:
+        if name in _constants(path):
+            value = runpy.run_path(str(path))[name]
+            numeric = type(value) in (int, float) or isinstance(value, tuple) and value and name != "CLASSES"
+            assert not numeric or name in RULES, f"add {name} to utils/run/rules.py"
+            if name in RULES:
+                rule = RULES[name]
+                assert all(map(rule.allows, value)) if rule.several else rule.allows(value)
+
+
+def test_every_rule_belongs_to_a_constant():
+    constants = {name for path in SCRIPTS for name in _constants(path)}
+    assert set(RULES) | NO_EFFECT - {"OUT"} <= constants

@@ -1,5 +1,5 @@
 from data.sampler import WeightedStream
-from utils.train.frozen import FrozenCache
+from utils.train.feature_cache import FrozenCache
 
 import numpy as np
 import pytest

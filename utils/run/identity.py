@@ -1,0 +1,98 @@
+"""What a run is made from, by content: data, checkpoint of the stage before, initial weights, source code.
+
+A run that is started again is the same run only if all of these are the same. Paths do not count.
+"""
+
+import ast
+import hashlib
+from pathlib import Path
+
+from data.store import store_digest
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("data", "models", "utils")
+WORDS = {"", "timm", "teacher"}  # values of WEIGHTS and INIT that are no files
+
+# How each entry of `made_from` is named to the user.
+NAMES = {
+    "data": "the data (pixels, labels or class names)",
+    "checkpoint": "the checkpoint of the stage before",
+    "weights": "the file of initial weights",
+    "code": "the source code",
+}
+
+
+def made_from(script, pairs, chips, weights="", source=None):
+    """Digests of what a run is made from.
+
+    Args:
+        script: file of the script.
+        pairs: `data.layouts.Pairs` that it trains on; chips: their stores, of `data.store.open_store`.
+        weights: value of WEIGHTS or INIT.
+        source: checkpoint of the stage before, or None.
+
+    Returns:
+        {name: hex string}, names as in `NAMES`.
+    """
+    data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
+    digests = {"data": digest(*data), "code": source_digest(script)}
+    if weights not in WORDS:
+        digests["weights"] = digest(Path(weights).read_bytes())
+    if source is not None:
+        digests["checkpoint"] = checkpoint_digest(source)
+    return digests
+
+
+def checkpoint_digest(checkpoint):
+    """Digest of what a later stage takes from a checkpoint: weights, classes, and how a chip becomes an input."""
+    parts = [repr([checkpoint[key] for key in ("backbone", "image_size", "classes", "grey", "val_fraction", "scales")])]
+    for name, value in checkpoint["model"].items():
+        parts += [f"{name}{value.dtype}{tuple(value.shape)}", value.contiguous().view(-1).view(torch.uint8).numpy()]
+    return digest(*parts)
+
+
+def source_digest(script):
+    """Digest of a script and of all files of this project that it imports; comments and constants do not count."""
+    todo, parts = [Path(script).resolve()], {}
+    while todo:
+        path = todo.pop()
+        if path in parts or not path.is_file():
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        todo += _imported(tree)
+        parts[path] = _code(tree, is_script=path.parent == ROOT)
+    return digest(*(parts[path] for path in sorted(parts)))
+
+
+def digest(*parts):
+    """Hex digest of strings, bytes and byte arrays."""
+    result = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        result.update(part.encode() if isinstance(part, str) else part)
+    return result.hexdigest()
+
+
+def _imported(tree):
+    """Files of this project that a module imports at its top level."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    places = [ROOT.joinpath(*name.split(".")) for name in names if name.partition(".")[0] in PACKAGES]
+    return [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+
+
+def _code(tree, is_script):
+    """The code of a module without comments, docstrings and, in a script, the constants."""
+    if is_script:  # constants are compared as settings
+        tree.body = [node for node in tree.body if not isinstance(node, ast.Assign)]
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                body[0] = ast.Pass()
+    return ast.unparse(tree)

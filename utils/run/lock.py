@@ -1,0 +1,30 @@
+"""One process at a time writes into an output folder."""
+
+import contextlib
+import os
+
+from utils.run.settings import SettingError
+
+import filelock
+
+held = contextlib.ExitStack()  # locks until the script ends; closed by `utils.run.start.run`
+out_dirs = []  # output folders of this script
+
+
+def refuse_second_start(out_dir):
+    """Hold OUT_DIR.lock until this script ends.
+
+    Raises:
+        SettingError: another process holds it.
+    """
+    out_dirs.append(out_dir)
+    path = f"{os.path.normpath(out_dir)}.lock"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        held.enter_context(filelock.FileLock(path, timeout=0))
+    except filelock.Timeout:
+        raise SettingError(
+            f"another process writes into OUT_DIR {out_dir} at this moment; wait for it, or set another OUT_DIR"
+        ) from None
+    except (NotImplementedError, OSError):  # a file system without locks: data.lock has said so
+        pass

@@ -1,0 +1,46 @@
+"""The history of a training run: a row for each epoch, as CSV, as curves, and as TensorBoard's event files."""
+
+import csv
+
+from utils.run.files import atomic_file
+from utils.run.ranks import rank
+
+
+class History:
+    """Rows of an epoch each, written by rank 0.
+
+    Args:
+        out_dir: folder of history.csv and curves.png.
+        rows: list of dicts, of the epochs that are done.
+        tensorboard: True writes event files as well; needs the package tensorboard.
+    """
+
+    def __init__(self, out_dir, rows, tensorboard=False):
+        self.out_dir, self.rows, self.events = out_dir, rows, None
+        if tensorboard and not rank():
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            # Epochs that a killed process wrote and that are trained again replace the old ones.
+            self.events = SummaryWriter(out_dir, purge_step=len(rows) + 1)
+
+    def write(self):
+        """Write all rows to history.csv, and the last one to the event files."""
+        if rank():
+            return
+        row = self.rows[-1]
+        with atomic_file(self.out_dir / "history.csv", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.events:
+            for name, value in row.items():
+                if name != "epoch":
+                    self.events.add_scalar(name, value, row["epoch"])
+            self.events.flush()
+
+    def plot(self):
+        """Draw curves.png."""
+        if not rank():
+            from utils.report.curves import plot_history  # matplotlib is slow to load
+
+            plot_history(self.out_dir / "curves.png", self.rows)

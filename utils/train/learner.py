@@ -1,0 +1,188 @@
+"""One step of training, and all that it changes: weights, optimizer, schedule, average of the weights, meter."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from utils.predict.tta import autocast
+from utils.run.ranks import sum_over_ranks, synchronised, world_size
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass
+class Optimization:
+    """How the weights are optimised.
+
+    learning_rate: at the peak of the schedule, a cosine after a linear warm-up.
+    warmup_epochs: epochs of the warm-up, may be a fraction.
+    clip: largest norm of the gradient; 0 = no limit.
+    ema: decay of a moving average of the weights, which is then validated and saved; 0 = none.
+    seed: with the step's number it fixes all that is random in a step.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    warmup_epochs: float = 0.0
+    clip: float = 0.0
+    ema: float = 0.0
+    seed: int = 0
+
+
+class Learner:
+    """Takes training steps. A step whose loss or gradient is not finite changes nothing but the schedule.
+
+    Args:
+        model: Classifier on its device; parameters that require no gradient stay as they are.
+        loss_of: `data.batches.Batch` -> (loss, logits [B, C], labels [B]), all on the device. Called in training
+            mode, with the random state set for the step.
+        batches: `data.batches.Batches` of the run; only its sizes are used.
+        optimization: Optimization.
+        also_trained: further modules whose parameters are trained but not saved in "model".
+
+    Attributes:
+        saved_model: the model that is validated and saved: the average of the weights if there is one.
+    """
+
+    def __init__(self, model, loss_of, batches, optimization, also_trained=()):
+        self.model, self.batch_size = model, batches.size
+        self.seed, self.clip = optimization.seed, optimization.clip or math.inf
+        self.device = next(model.parameters()).device
+        self.modules = _Trained(loss_of, [model, *also_trained])
+        groups = param_groups_weight_decay(self.modules, optimization.weight_decay)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, fused=True)
+        factor = warmup_cosine(batches.epochs * batches.steps, round(optimization.warmup_epochs * batches.steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.meter, self.average = Meter(self.device, self.batch_size), None
+        self.forward = synchronised(self.modules)
+        if optimization.ema:
+            average = get_ema_multi_avg_fn(optimization.ema)
+            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.saved_model = self.average.module if optimization.ema else model
+        # What a forward pass in training changes: the statistics of batch norms that are not frozen.
+        training = (module for module in self.modules.train().modules() if module.training)
+        self.buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        names = ("modules", "optimizer", "schedule", "meter") + (("average",) if optimization.ema else ())
+        self.stateful = {name: getattr(self, name) for name in names}
+
+    def step(self, batch):
+        """Take the step of a batch."""
+        # Each step has its own random numbers, so that a resumed run draws the same ones.
+        _set_seed(self.device, self.seed * 1_000_003 + batch.step)
+        buffers_before = [buffer.clone() for buffer in self.buffers]
+        with autocast(self.device):
+            loss, logits, labels = self.forward(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        share = len(labels) / self.batch_size  # of this rank; gradients are averaged over the ranks
+        (loss * (share * world_size())).backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        totals = sum_over_ranks(torch.stack([loss.detach().float() * share, correct.float()]))
+        bad = ~(totals[0].isfinite() & norm.isfinite())
+        self.optimizer.found_inf = bad.float()  # 1 makes the fused step leave everything as it is
+        self.optimizer.step()
+        for buffer, before in zip(self.buffers, buffers_before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.meter.add(totals, bad)
+
+    def state_dict(self):
+        return {name: item.state_dict() for name, item in self.stateful.items()}
+
+    def load_state_dict(self, state):
+        for name, item in self.stateful.items():
+            item.load_state_dict(state[name])
+
+
+class _Trained(nn.ModuleList):
+    """The trained modules as one, which DistributedDataParallel can wrap; called with a batch it gives its loss."""
+
+    def __init__(self, loss_of, modules):
+        super().__init__(modules)
+        self.loss_of = loss_of
+
+    def forward(self, batch):
+        return self.loss_of(batch)
+
+
+class Figures(NamedTuple):
+    """loss, accuracy: means over the steps with a finite loss; bad_steps: the other ones; bad_in_a_row: at the end."""
+
+    loss: float
+    accuracy: float
+    bad_steps: int
+    bad_in_a_row: int
+
+
+class Meter:
+    """Loss, accuracy and bad steps of an epoch, summed on the device and read without waiting for it."""
+
+    def __init__(self, device, batch_size):
+        self.sums = torch.zeros(4, device=device)  # loss, correct chips, good steps, bad steps in a row
+        self.batch_size = batch_size
+        self.reset()
+
+    def reset(self):
+        """Start an epoch; the bad steps in a row go on."""
+        self.sums[:3] = 0
+        self.steps, self.copy = 0, None
+
+    def add(self, totals, bad):
+        """Add a step: loss and number of correct chips, [2]; whether the step was bad, []."""
+        self.sums[:2] += torch.where(bad, 0.0, totals)
+        self.sums[2] += ~bad
+        self.sums[3] = (self.sums[3] + 1) * bad
+        self.steps += 1
+
+    def read(self):
+        """Figures of the last call's step, or None if they are not there yet; starts the next copy to the host."""
+        figures = None
+        if self.copy is not None and (self.copy[2] is None or self.copy[2].query()):
+            figures = self._figures(*self.copy[:2])
+            self.copy = None
+        if self.copy is None:
+            host = self.sums.to("cpu", non_blocking=True, copy=True)
+            copied = torch.cuda.current_stream().record_event() if self.sums.is_cuda else None
+            self.copy = (host, self.steps, copied)
+        return figures
+
+    def final(self):
+        """Figures of all steps; waits for the device."""
+        return self._figures(self.sums, self.steps)
+
+    def state_dict(self):
+        return {"sums": self.sums, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.sums.copy_(state["sums"])
+        self.steps = state["steps"]
+
+    def _figures(self, sums, steps):
+        loss, correct, good, bad_in_a_row = sums.tolist()
+        divisor = max(good, 1)
+        accuracy = correct / (divisor * self.batch_size)
+        return Figures(loss / divisor, accuracy, steps - int(good), int(bad_in_a_row))
+
+
+def warmup_cosine(total, warmup):
+    """Factor of the learning rate at each of `total` steps: linear rise over `warmup`, then half a cosine to 0."""
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def _set_seed(device, number):
+    """As torch.manual_seed, which without CUDA records a traceback each time (1.6 ms)."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
