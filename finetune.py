@@ -38,8 +38,9 @@ STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode af
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 EPOCHS = 10  # passes over as many chips as there are
 BATCH_SIZE = 64  # chips a step, on every rank
+OPTIMIZER = "adamw"  # any name of timm.optim.list_optimizers()
 LEARNING_RATE = 1e-3  # at the peak of the schedule
-WEIGHT_DECAY = 0.05  # of AdamW; higher keeps the head smaller
+WEIGHT_DECAY = 0.05  # of the optimizer; higher keeps the head smaller
 BALANCED = True  # True draws every class equally often, False the chips as they are
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
@@ -116,7 +117,8 @@ def main():
     validate = Validation(*(labelled or held_out_chips), size, grey)
     if COMPILE:
         compile_backbone(model, device)
-    learner = Learner(model, loss_of, batches, Optimization(LEARNING_RATE, WEIGHT_DECAY, seed=SEED))
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, seed=SEED, optimizer=OPTIMIZER)
+    learner = Learner(model, loss_of, batches, optimization)
     fit(learner, batches, validate, run, contents)
     run.announce("results.py", "CHECKPOINT")
 

@@ -14,7 +14,7 @@ from models.focal import focal_loss
 from utils.predict.tta import scaled
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
-from utils.run.ranks import rank, world_size
+from utils.run.ranks import rank, sum_over_ranks, world_size
 from utils.run.resume import Run
 from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
@@ -37,8 +37,9 @@ IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be 
 VAL_FRACTION = 0.1  # share of the training pairs that all stages leave out to validate on
 EPOCHS = 16  # passes over as many chips as there are
 BATCH_SIZE = 64  # chips a step, on every rank
+OPTIMIZER = "adamw"  # any name of timm.optim.list_optimizers()
 LEARNING_RATE = 2e-3  # at the peak of the schedule; lower it for pretrained weights
-WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
+WEIGHT_DECAY = 0.05  # of the optimizer; higher regularises more
 WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
 CLIP = 1.0  # largest norm of the gradient; 0 = no limit
 EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
@@ -89,8 +90,11 @@ def main():
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(batch):
-        logits = model(augment(batch))
-        return focal_loss(logits, batch.labels, GAMMA, alpha), logits, batch.labels
+        logits, total_weight = model(augment(batch)), None
+        if alpha is not None and world_size() > 1:  # the learner weighs a rank's loss by its share of the batch
+            share = len(batch.labels) / batches.size
+            total_weight = sum_over_ranks(alpha[batch.labels].sum()) * share
+        return focal_loss(logits, batch.labels, GAMMA, alpha, total_weight), logits, batch.labels
 
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
@@ -98,7 +102,7 @@ def main():
         "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
         "ood": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
-    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED)
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
     side = chips.shape[1]
     labelled = SENSOR == "SAR" and labelled_chips(DATA_ROOT, pairs.classes, device, STORE_DIR, SKIP_BAD, side)

@@ -37,8 +37,9 @@ BACKBONE = ""  # any timm model for the student; empty: the teacher's
 INIT = "teacher"  # the student's first weights: "teacher", "" from scratch, "timm", or a file
 EPOCHS = 10  # passes over as many pairs as there are
 BATCH_SIZE = 64  # pairs a step, on every rank
+OPTIMIZER = "adamw"  # any name of timm.optim.list_optimizers()
 LEARNING_RATE = 2e-3  # at the peak of the schedule
-WEIGHT_DECAY = 0.05  # of AdamW; higher regularises more
+WEIGHT_DECAY = 0.05  # of the optimizer; higher regularises more
 WARMUP_EPOCHS = 1.0  # epochs of linear rise before the cosine descent
 CLIP = 1.0  # largest norm of the gradient; 0 = no limit
 EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
@@ -134,7 +135,7 @@ def main():
         "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey": sar_grey, "data_root": root,
         "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
     }  # fmt: skip
-    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED)
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     labelled = labelled_chips(root, pairs.classes, device, STORE_DIR, SKIP_BAD, sar_chips.shape[1])
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, sar_grey)

@@ -43,6 +43,8 @@ class Augmentation:
         images = normalise(turn(batch.chips, batch.views), *self.grey)
         images = speckle(images, self.speckle, *self.grey, batch.share)
         images = jitter(images, self.jitter, batch.share)
+        if first_row := batch.share.rows.start:  # from here on the ranks' random numbers differ, such as dropout's
+            torch.manual_seed(torch.initial_seed() + first_row)
         return resize(images, self.sizes[batch.step % len(self.sizes)])
 
 

@@ -136,7 +136,7 @@ def decode_all(paths, target, side, fork):
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(target))
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side) for start in starts]
-    unreadable, multipage, digest = {}, [], hashlib.blake2b(str(side).encode(), digest_size=16)
+    unreadable, multipage, digest = {}, [], hashlib.blake2b(digest_size=16)
     with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
         for bad, paged, digests in _map(_decode_chunk, chunks, fork):
             unreadable |= bad

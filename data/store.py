@@ -22,6 +22,7 @@ from data.lock import locked
 import numpy as np
 import torch
 
+NAME = "-".join(["[0-9a-f]" * 16] * 2 + ["*"])  # of a store; files with other names are never deleted
 STORES_KEPT = 16  # stores that a folder holds; beyond them the least recently opened are deleted
 ASSUMED_FREE = 2**32  # bytes of free memory, if the system does not report it
 FREE_SHARE = 0.5  # of the free memory that chips may take if no budget is set
@@ -113,7 +114,7 @@ def _load(path, shape):
 
 def _make(paths, target, side, skip_bad):
     """Decode into a temporary file, which gets the name `target` when it is complete."""
-    for leftover in target.parent.glob("*.part"):  # of a process that was killed
+    for leftover in target.parent.glob(f"{NAME}.part"):  # of a process that was killed
         leftover.unlink()
     temporary = target.with_suffix(".part")
     try:
@@ -135,7 +136,7 @@ def _make(paths, target, side, skip_bad):
 def _delete_old(target):
     """Delete the stores that `target` replaces, and the least recently opened beyond STORES_KEPT."""
     files, state, _ = target.stem.split("-")
-    others = [path for path in target.parent.glob("*.npy") if path != target]
+    others = [path for path in target.parent.glob(f"{NAME}.npy") if path != target]
     replaced = {path for path in others if path.match(f"{files}-*") and not path.match(f"{files}-{state}-*")}
     recent = sorted(set(others) - replaced, key=_last_opened, reverse=True)
     for path in [*replaced, *recent[STORES_KEPT - 1 :]]:

@@ -12,6 +12,17 @@ class BackboneError(ValueError):
     """The backbone cannot be built, or the weights do not fit it; the message says why and what to do."""
 
 
+class Head(nn.Linear):
+    """Linear layer that computes in float32, also under autocast: bf16 would round the logits, and so the energy."""
+
+    def forward(self, features):
+        """Logits float32 [N, C] of features [N, D]."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return super().forward(features.to(self.weight.dtype))
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+
 class Classifier(nn.Module):
     """Chip classifier: a timm backbone that gives pooled features, and a linear head that gives logits.
 
@@ -38,7 +49,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.frozen = False
         self.backbone, self.width = _build(backbone, image_size, weights)
-        self.head = nn.Linear(self.width, classes)
+        self.head = Head(self.width, classes)
 
     def features(self, images):
         """Pooled features [N, D] of images [N, 1, S, S]."""
@@ -47,6 +58,11 @@ class Classifier(nn.Module):
     def forward(self, images):
         """Logits [N, C] of images [N, 1, S, S]."""
         return self.head(self.features(images))
+
+    def no_weight_decay(self):
+        """Names of parameters that the optimizer does not decay, such as position embeddings."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
 
     def freeze(self):
         """Freeze the backbone: it gets no gradient, and its batch norm stays in eval mode. Returns self."""

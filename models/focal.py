@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def focal_loss(logits, labels, gamma=2.0, class_weights=None):
+def focal_loss(logits, labels, gamma=2.0, class_weights=None, total_weight=None):
     """Mean focal loss, FL = -alpha_t (1 - p_t)^gamma log p_t.
 
     The mean is weighted: the sum over the chips divided by the sum of their alpha. So at gamma = 0 the loss
@@ -15,6 +15,8 @@ def focal_loss(logits, labels, gamma=2.0, class_weights=None):
         labels: [N] int64, 0..C-1.
         gamma: focusing parameter, >= 0. A higher gamma gives less weight to chips with a high p_t.
         class_weights: alpha, [C], or None for 1.
+        total_weight: what the weighted sum is divided by, [], if it is not the sum of these chips' alpha: ranks
+            that share a batch need a common one.
 
     Returns:
         Scalar, float32 (float64 for float64 logits).
@@ -28,4 +30,4 @@ def focal_loss(logits, labels, gamma=2.0, class_weights=None):
     if class_weights is None:
         return loss.mean()
     alpha = class_weights.to(wide)[labels]
-    return (alpha * loss).sum() / alpha.sum()
+    return (alpha * loss).sum() / (alpha.sum() if total_weight is None else total_weight)

@@ -17,11 +17,8 @@ import zlib
 from pathlib import Path
 
 from data.errors import DataError
-from data.layouts import Labelled
 from data.store import open_store
 from tests.conftest import ROOT
-from utils.report.pictures import confusion, recall
-from utils.report.prediction import Prediction
 from utils.run.checkpoint import FORMAT, KEYS
 
 import numpy as np
@@ -173,17 +170,6 @@ def without_permission():
         os.seteuid(user)
 
 
-def large_confusion():
-    labels = np.arange(1001)
-    truth = Labelled([], labels, labels < 0)
-    stages = {"one": (labels, labels.astype(float))}
-    names = labels.astype(str)
-    prediction = Prediction(names, {}, stages, np.eye(1001), labels, None, None, 0.0, labels + 1, None, truth)
-    confusion(prediction).savefig("confusion.png")
-    recall(prediction).savefig("recall.png")
-    print(sorted(os.listdir()))
-
-
 def bad(name, change, command, message):
     return pytest.param(change, command, message, True, None, id=name)
 
@@ -243,7 +229,6 @@ CASES = [
     bad("one class alone", remove(*(f"data/{s}/{c}" for s in SENSORS for c in CLASSES[1:])), "pretrain.py",
         "there is one class alone, sedan; a classifier needs two"),
     good("1,001 classes", classes(1001), "pretrain.py BATCH_SIZE=256", "next: python sar_feature.py"),
-    good("their confusion matrix", None, large_confusion, "confusion.png"),
 
     # Files of chips
     bad("zero bytes, cut off, no image",
@@ -402,7 +387,6 @@ CASES = [
     *(bad(setting, None, f"results.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
         "OOD_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),
-    bad("ROTATIONS=", None, "results.py ROTATIONS=", "ROTATIONS and SCALES need at least one entry"),
     bad("no loss", None, "sar_feature.py KL_WEIGHT=0 LABEL_WEIGHT=0", "are all 0; nothing would be learned"),
     bad("no class weighs", None, "pretrain.py CLASS_WEIGHTS=0", "CLASS_WEIGHTS are all 0"),
     bad("too few CLASS_WEIGHTS", None, "pretrain.py CLASS_WEIGHTS=1,2", "CLASS_WEIGHTS needs 1 or 4 numbers"),

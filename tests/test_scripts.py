@@ -72,7 +72,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(pipeline):
     page = (cwd / "runs/results/report.html").read_text()
     assert "http" not in page and "<script" not in page
     linked = re.findall(r'(?:src|srcset|href)="(data:image/png;base64,)?', page)
-    assert len(linked) == 16 and all(linked)  # eight pictures, light and dark
+    assert len(linked) == 8 and all(linked)
     pictures = {path.stem for path in (cwd / "runs/results").glob("*.png")}
     assert len(pictures) == 8 and all(name.replace("_", " ") in page for name in pictures)
     # Its figures are those of the table, and what the vote changed adds up.
@@ -277,5 +277,5 @@ def test_unlabelled_real_chips_give_a_valid_submission(pipeline, unicorn):
     assert not (cwd / "unicorn_results" / "metrics.json").exists()
     # What needs labels is left out, and the rest of the report stands.
     pictures = {path.stem for path in (cwd / "unicorn_results").glob("*.png")}
-    assert pictures == {"energy", "feature_map", "clusters"}
+    assert pictures == {"confidence", "feature_map", "clusters"}
     assert "Confusion" not in (cwd / "unicorn_results/report.html").read_text()

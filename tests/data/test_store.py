@@ -78,6 +78,15 @@ def test_stores_of_several_subsets_lie_side_by_side(tmp_path, files, decoded):
     assert len(list((tmp_path / "store").glob("*.npy"))) == 4
 
 
+def test_folders_with_the_same_names_sizes_and_times_have_stores_of_their_own(tmp_path):
+    for level in (50, 60):
+        path = tmp_path / str(level) / "0.bmp"
+        path.parent.mkdir()
+        save(path, Image.fromarray(np.full((8, 8), level, np.uint8)))
+        os.utime(path, ns=(1, 1))
+    assert [open_store([tmp_path / n / "0.bmp"], tmp_path / "store")[0, 0, 0] for n in ("50", "60")] == [50, 60]
+
+
 def test_stores_of_two_sides_lie_side_by_side(tmp_path, files, decoded):
     for _ in range(2):
         for side in (None, 6, 12, 20):
@@ -89,6 +98,9 @@ def test_stores_of_two_sides_lie_side_by_side(tmp_path, files, decoded):
 
 
 def test_the_least_recently_opened_stores_are_deleted(tmp_path, files, decoded):
+    (tmp_path / "store").mkdir()
+    for name in ("mine.npy", "mine.part"):  # files of the user
+        (tmp_path / "store" / name).write_bytes(b"x")
     subsets = [list(subset) for subset in itertools.permutations(files, 2)][: STORES_KEPT + 2]
     for moment, paths in enumerate(subsets[:STORES_KEPT]):
         open_store(paths, tmp_path / "store")
@@ -97,7 +109,8 @@ def test_the_least_recently_opened_stores_are_deleted(tmp_path, files, decoded):
     open_store(subsets[0], tmp_path / "store")  # now the most recently opened
     open_store(subsets[STORES_KEPT], tmp_path / "store")
     for kind in ("npy", "json"):
-        assert len(list((tmp_path / "store").glob(f"*.{kind}"))) == STORES_KEPT
+        assert len(list((tmp_path / "store").glob(f"*-*.{kind}"))) == STORES_KEPT
+    assert sorted(path.name for path in (tmp_path / "store").glob("mine*")) == ["mine.npy", "mine.part"]
     decoded.clear()
     open_store(subsets[0], tmp_path / "store"), open_store(subsets[2], tmp_path / "store")
     assert decoded == []
@@ -267,6 +280,8 @@ def test_wrong_indices_are_refused(tmp_path, memory, index):
     for some in (store, store.subset(np.arange(20))):
         with pytest.raises(IndexError):
             some[index]
+        with pytest.raises(IndexError):
+            some.subset(index)
 
 
 @pytest.mark.parametrize("memory", ["device", "disk"])

@@ -10,6 +10,7 @@ are in the program.
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.errors import reason
 from utils.predict.members import choose_score, load_members, set_views
 from utils.predict.ood import SCORES
 from utils.predict.tta import scaled
@@ -110,7 +111,7 @@ def export_program(member, score_name):
     except Exception as error:  # it fails in many ways
         raise SettingError(
             f"torch.export {torch.__version__} cannot export the backbone "
-            f"{member.checkpoint['backbone']}: {str(error).strip().splitlines()[0]}"
+            f"{member.checkpoint['backbone']}: {reason(error)}"
         ) from error
 
 

@@ -70,7 +70,9 @@ def digest(*parts):
     """Hex digest of strings, bytes and byte arrays."""
     result = hashlib.blake2b(digest_size=16)
     for part in parts:
-        result.update(part.encode() if isinstance(part, str) else part)
+        content = memoryview(part.encode() if isinstance(part, str) else part)
+        result.update(content.nbytes.to_bytes(8, "little"))
+        result.update(content)
     return result.hexdigest()
 
 
@@ -94,5 +96,5 @@ def _code(tree, is_script):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0] = ast.Pass()
+                node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+from data.lock import has_locks
 from utils.run.settings import SettingError
 
 import filelock
@@ -20,11 +21,11 @@ def refuse_second_start(out_dir):
     out_dirs.append(out_dir)
     path = f"{os.path.normpath(out_dir)}.lock"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if not has_locks(os.path.dirname(path) or "."):
+        return
     try:
         held.enter_context(filelock.FileLock(path, timeout=0))
     except filelock.Timeout:
         raise SettingError(
             f"another process writes into OUT_DIR {out_dir} at this moment; wait for it, or set another OUT_DIR"
         ) from None
-    except (NotImplementedError, OSError):  # a file system without locks: data.lock has said so
-        pass

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -121,13 +122,16 @@ class Run:
         save_checkpoint(self.out_dir / name, contents, keep_previous=state is not None)
 
     def announce(self, script, constant):
-        """Print what was written, if anything was, and the command of the next stage, whose `constant` takes this checkpoint."""
+        """Print what was written, if anything was, and the command of the next stage.
+
+        script: that stage's; constant: the one of its constants that takes this checkpoint.
+        """
         path = f"{self.out_dir}/best.pt"
-        is_default = path == f"runs/{self.stage}/best.pt" and constant != "CHECKPOINT" or self.stage == "finetune"
-        command = f"python {script}" + ("" if is_default else f" {constant}={path}")
+        default = {"TEACHER": "pretrain", "STUDENT": "sar_feature", "CHECKPOINT": "finetune"}[constant]
+        setting = "" if path == f"runs/{default}/best.pt" else f" {constant}={shlex.quote(path)}"
         if self.trained:
             print(f"written: {path}, last.pt, history.csv, curves.png")
-        print(f"next: {command}", flush=True)
+        print(f"next: python {script}{setting}", flush=True)
 
     def _newest(self):
         """The newest readable checkpoint to go on from, or None; a damaged one is renamed."""

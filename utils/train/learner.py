@@ -1,16 +1,22 @@
 """One step of training, and all that it changes: weights, optimizer, schedule, average of the weights, meter."""
 
+import difflib
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from utils.predict.tta import autocast
 from utils.run.ranks import sum_over_ranks, synchronised, world_size
+from utils.run.settings import SettingError
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+FUSED = ("adam", "adamw")  # their fused step leaves everything as it is if found_inf is 1; fused SGD's does not
+LONGEST_WARMUP = 0.2  # of a run, whatever WARMUP_EPOCHS says
 
 
 @dataclass
@@ -22,6 +28,8 @@ class Optimization:
     clip: largest norm of the gradient; 0 = no limit.
     ema: decay of a moving average of the weights, which is then validated and saved; 0 = none.
     seed: with the step's number it fixes all that is random in a step.
+    optimizer: a name that timm's `create_optimizer_v2` knows. Weight decay spares biases, norms, and what the
+        backbone's `no_weight_decay` names, such as position embeddings.
     """
 
     learning_rate: float
@@ -30,6 +38,7 @@ class Optimization:
     clip: float = 0.0
     ema: float = 0.0
     seed: int = 0
+    optimizer: str = "adamw"
 
 
 class Learner:
@@ -52,16 +61,17 @@ class Learner:
         self.seed, self.clip = optimization.seed, optimization.clip or math.inf
         self.device = next(model.parameters()).device
         self.modules = _Trained(loss_of, [model, *also_trained])
-        groups = param_groups_weight_decay(self.modules, optimization.weight_decay)
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate, fused=True)
-        factor = warmup_cosine(batches.epochs * batches.steps, round(optimization.warmup_epochs * batches.steps))
+        self.optimizer = _optimizer(self.modules, optimization)
+        groups = self.optimizer.param_groups
+        self.parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        total = batches.epochs * batches.steps
+        warmup = min(optimization.warmup_epochs * batches.steps, LONGEST_WARMUP * total)
+        factor = warmup_cosine(total, round(warmup))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.meter, self.average = Meter(self.device, self.batch_size), None
         self.forward = synchronised(self.modules)
         if optimization.ema:
-            average = get_ema_multi_avg_fn(optimization.ema)
-            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.average = ModelEmaV3(model, decay=optimization.ema, use_warmup=True)
         self.saved_model = self.average.module if optimization.ema else model
         # What a forward pass in training changes: the statistics of batch norms that are not frozen.
         training = (module for module in self.modules.train().modules() if module.training)
@@ -73,9 +83,9 @@ class Learner:
         """Take the step of a batch."""
         # Each step has its own random numbers, so that a resumed run draws the same ones.
         _set_seed(self.device, self.seed * 1_000_003 + batch.step)
-        buffers_before = [buffer.clone() for buffer in self.buffers]
-        with autocast(self.device):
-            loss, logits, labels = self.forward(batch)
+        kept = [self.buffers, self.average.module.state_dict().values() if self.average else []]
+        kept = [(tensor, tensor.clone()) for tensor in chain(*kept)]
+        loss, logits, labels = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
         share = len(labels) / self.batch_size  # of this rank; gradients are averaged over the ranks
         (loss * (share * world_size())).backward()
@@ -83,14 +93,38 @@ class Learner:
         correct = (logits.detach().argmax(1) == labels).sum()
         totals = sum_over_ranks(torch.stack([loss.detach().float() * share, correct.float()]))
         bad = ~(totals[0].isfinite() & norm.isfinite())
-        self.optimizer.found_inf = bad.float()  # 1 makes the fused step leave everything as it is
-        self.optimizer.step()
-        for buffer, before in zip(self.buffers, buffers_before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
+        self._update(bad)
         self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model, step=batch.step + 1)
+        _restore_if(bad, kept)
         self.meter.add(totals, bad)
+
+    def _forward(self, batch):
+        try:
+            with autocast(self.device):
+                return self.forward(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise SettingError(
+                f"a batch norm needs more than one value a channel, but this step has {len(batch.labels)} chips on "
+                "each rank; set a larger BATCH_SIZE, or another IMAGE_SIZE or BACKBONE"
+            ) from error
+
+    def _update(self, bad):
+        """The optimizer's step, which changes nothing if `bad`, bool [] on the device, is true."""
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = bad.float()  # 1 makes a fused step leave everything as it is
+            self.optimizer.step()
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(bad, 0.0)  # or the state that a first step creates would not be finite
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        kept = [(t, t.detach().clone()) for t in chain(self.parameters, states) if torch.is_tensor(t)]
+        self.optimizer.step()
+        _restore_if(bad, kept)
 
     def state_dict(self):
         return {name: item.state_dict() for name, item in self.stateful.items()}
@@ -109,6 +143,11 @@ class _Trained(nn.ModuleList):
 
     def forward(self, batch):
         return self.loss_of(batch)
+
+    def no_weight_decay(self):
+        """Names of parameters without weight decay, as timm asks for them."""
+        named = ((i, module) for i, module in enumerate(self) if hasattr(module, "no_weight_decay"))
+        return {f"{i}.{name}" for i, module in named for name in module.no_weight_decay()}
 
 
 class Figures(NamedTuple):
@@ -168,6 +207,26 @@ class Meter:
         divisor = max(good, 1)
         accuracy = correct / (divisor * self.batch_size)
         return Figures(loss / divisor, accuracy, steps - int(good), int(bad_in_a_row))
+
+
+def _optimizer(modules, optimization):
+    """The optimizer of a name that timm knows."""
+    name, options = optimization.optimizer, {"lr": optimization.learning_rate}
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0)
+        raise SettingError(f"timm knows no OPTIMIZER {name!r}; near: {', '.join(near)}")
+    options |= {"weight_decay": optimization.weight_decay} | ({"fused": True} if name in FUSED else {})
+    try:
+        return create_optimizer_v2(modules, name, **options)
+    except (AssertionError, ImportError) as error:  # a package or a GPU that it needs
+        raise SettingError(f"OPTIMIZER {name} cannot be used: {error}; set another") from error
+
+
+@torch.no_grad()
+def _restore_if(bad, kept):
+    """Put the old values back into tensors, pairs (tensor, old value), if `bad`, bool [] on the device, is true."""
+    for tensor, old in kept:
+        tensor.copy_(torch.where(bad, old, tensor))
 
 
 def warmup_cosine(total, warmup):

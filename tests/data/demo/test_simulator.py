@@ -1,9 +1,11 @@
 """The demo set: layout, references, numbering, repeatability, grey levels like the real ones."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from data.demo import ensure_demo, simulator, write_demo, writer
+from data.demo import scenes as scenes_of
 from data.demo.writer import TRAIN_COUNTS
 from data.layouts import OFFICIAL_CLASSES
 
@@ -96,6 +98,15 @@ def test_test_scenes_hold_every_class_and_a_fair_share_of_ood(demo):
     rows = _reference(demo / "test/test_reference.csv")
     assert {row["class"] for row in rows} == {*OFFICIAL_CLASSES, "unknown"}
     assert 0.1 < np.mean([row["OOD_flag"] == "1" for row in rows]) < 0.5
+
+
+def test_scenes_are_dealt_evenly_from_classes_and_strangers():
+    scenes = scenes_of.plan_scenes(np.random.default_rng(0), list(OFFICIAL_CLASSES), 200)
+    counts = Counter(kind for scene in scenes for kind in scene)
+    assert {len(scene) for scene in scenes} == {1, 2, 3}
+    assert set(counts) == {*OFFICIAL_CLASSES, *simulator.STRANGERS}
+    assert max(counts[name] for name in OFFICIAL_CLASSES) - min(counts[name] for name in OFFICIAL_CLASSES) <= 1
+    assert sum(counts[name] for name in simulator.STRANGERS) == round(scenes_of.OOD_SHARE * counts.total())
 
 
 @pytest.mark.parametrize("folder, scenes", [("val", 4), ("test", 12)])

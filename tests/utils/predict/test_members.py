@@ -1,5 +1,6 @@
+from data.store import ChipStore
 from utils.predict.members import choose_score, load_members, set_views
-from utils.predict.tta import IDENTITY, tta_views
+from utils.predict.tta import IDENTITY, predict, tta_views
 
 import pytest
 import torch
@@ -58,3 +59,14 @@ def test_views_are_those_of_the_checkpoint_until_others_are_set(make_checkpoint,
     )
     with pytest.raises(ValueError, match="does not take inputs of 1 px|SCALES"):
         set_views(members, (), (0.0,))
+
+
+def test_a_member_predicts_in_its_views_or_in_others(make_checkpoint, chips):
+    (member,) = load_members(make_checkpoint(), CPU)
+    stores = {32: ChipStore(chips, CPU)}
+    results = [member.output(stores, views=views) for views in (None, IDENTITY)]
+    for views, output in zip((member.views, IDENTITY), results, strict=True):
+        logits, features = predict(member.model, stores[32], 40, (0.4, 0.15), views)
+        torch.testing.assert_close((output.logits, output.features), (logits, features))
+        torch.testing.assert_close(output.head(features), logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(results[0].logits, results[1].logits)

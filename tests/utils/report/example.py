@@ -32,7 +32,10 @@ def make_prediction(count=30, classes=CLASSES, ood="some", truth=True, groups=8,
     made = {
         "classes": list(classes),
         "settings": {"SEED": 0, "DATA_ROOT": "data/<a & b>"},
-        "steps": {"one view": (before_vote, confidence), "+ vote": (after_vote, confidence)},
+        "steps": {
+            "one view": (before_vote, random.normal(size=count)),
+            "+ vote": (after_vote, confidence),
+        },
         "probabilities": probabilities,
         "clusters": np.arange(count) % groups,
         "features": random.normal(size=(count, 6)),

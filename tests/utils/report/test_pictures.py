@@ -124,6 +124,18 @@ def test_roc_equals_scikit_learn():
     assert area == pytest.approx(prediction.scores["+ vote"]["AUROC"]) and area > 0.6
 
 
+def test_reliability_shows_known_chips_by_bin():
+    prediction = make_prediction(200)
+    known = prediction.in_distribution
+    probability = prediction.probabilities.max(1)[known]
+    correct = (prediction.probabilities.argmax(1) == prediction.truth.labels)[known]
+    bins = [(probability >= low / 10) & (probability < (low + 1) / 10) for low in range(10)]
+    expected = [(probability[chips].mean(), correct[chips].mean()) for chips in bins if chips.any()]
+    axis = pictures.reliability(prediction).axes[0]
+    np.testing.assert_allclose(axis.lines[1].get_xydata(), expected)
+    assert f"{pictures.calibration_error(probability, correct):.3f}" in axis.get_title()
+
+
 def test_calibration_error():
     probability = np.array([0.95, 0.95, 0.95, 0.65, 0.61])
     correct = np.array([True, True, False, True, False])
