@@ -1,9 +1,9 @@
-"""How fast each step is, beside the usual way to do it or the bound that it cannot pass.
+"""The speed of each step, compared with the usual way to do it or with its upper bound.
 
 python benchmarks/throughput.py [DEVICE=auto] [ROWS=input,pretrain]
 
-Both sides of a row run in turn in this process; the table shows the median of their ratios and
-what is required. Exits with 1 where a row falls short. On CUDA times come from device events.
+Both sides of a row run in turn in this process. The table shows the median of their ratios and the
+required ratio. Exits with 1 if a row is below it. On CUDA, times come from device events.
 """
 
 import contextlib
@@ -19,53 +19,56 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.augment import jitter, normalise, resize, to_input, turn  # noqa: E402
-from data.batches import Feed  # noqa: E402
-from data.demo.writer import write_demo  # noqa: E402
-from data.layouts import find_pairs  # noqa: E402
-from data.sampler import WeightedStream  # noqa: E402
-from data.store import CHUNK, ChipStore, open_store, place_stores  # noqa: E402
-from models.backbone import Classifier  # noqa: E402
-from utils.predict.tta import autocast, predict, scaled, tta_views  # noqa: E402
-from utils.run.checkpoint import save_checkpoint  # noqa: E402
-from utils.run.settings import read_settings, run  # noqa: E402
-from utils.train.loop import choose_device, fit  # noqa: E402
+from data.augment import Augmentation, to_input
+from data.batches import Batches
+from data.decode import CHUNK, common_side
+from data.demo import write_demo
+from data.layouts import find_pairs
+from data.sampler import WeightedStream
+from data.store import ChipStore, open_store, place_stores
+from models.backbone import Classifier
+from utils.predict.tta import autocast, predict, scaled, tta_views
+from utils.run.checkpoint import save_checkpoint
+from utils.run.device import choose_device
+from utils.run.settings import read_settings
+from utils.run.start import run as run_script
+from utils.train.loop import fit
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from torchvision import transforms  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-DEVICE = "auto"  # where it is measured
-ROWS = ()  # names of rows, or beginnings of them; empty: all
-ROUNDS = 5  # pairs of measurements a row, or more
-SECONDS = 30.0  # that a row takes at least: the shorter its measurements, the more of them
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+ROWS = ()  # first words of the rows to measure; empty: all
+ROUNDS = 5  # pairs of measurements in each row, at least
+SECONDS = 30.0  # time for each row, at least: short measurements are repeated more often
 BACKBONE = "test_resnet"  # of the steps
-SMALL = "test_vit"  # of the whole epoch, so small that a loader shows
-LARGE = "resnet10t"  # four times the cost of BACKBONE, forward
-FROZEN = "resnet34"  # below the head that is trained on one view
-BATCH = 64  # chips a batch
-PAIRS = {  # of the data set that is simulated for it: long-tailed as the demo set
+SMALL = "test_vit"  # of the whole epoch: so small that the loader matters
+LARGE = "resnet10t"  # its forward pass costs four times that of BACKBONE
+FROZEN = "resnet34"  # of the head that is trained on one view
+BATCH = 64  # chips in a batch
+PAIRS = {  # of the simulated data set, which is long-tailed like the demo set
     "sedan": 900, "SUV": 500, "pickup_truck": 300, "van": 160, "box_truck": 80, "motorcycle": 30, "bus": 15,
 }  # fmt: skip
 FEW = {name: max(2, count // 12) for name, count in PAIRS.items()}  # for whole runs of 20 epochs
 WORKERS = 2  # of the DataLoader
 SCALES = (0.875, 1.0, 1.125)  # of the training steps, as in the scripts
-STEPS = 21  # of one measurement of a step; a multiple of the number of scales
+GREY = (0.4, 0.12)  # mean and standard deviation of the grey level
+STEPS = 21  # in one measurement; a multiple of the number of scales
 
 
 def main():
     read_settings(globals())
     device = choose_device(DEVICE)
     print(f"\n{machine(device)}\n\n| row | against | measured | required |\n|---|---|---|---|", flush=True)
-    short = []
-    gc.freeze()  # or collecting what the libraries made stops one side for half a second, now and then
+    too_slow = []
+    gc.freeze()  # or the collection of the libraries' objects stops one side for half a second, now and then
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with contextlib.redirect_stderr(io.StringIO()):
@@ -76,16 +79,16 @@ def main():
                 continue
             with quiet():
                 ratios = ratios_of(measure(device))
-            found = statistics.median(ratios)
-            spread = f"{found:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"| {name} | {against} | {spread} | {required:.2f} |", flush=True)
-            short += [name] if found < required else []
-    if short:
-        raise SystemExit(f"falls short: {', '.join(short)}")
+            ratio = statistics.median(ratios)
+            measured = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"| {name} | {against} | {measured} | {required:.2f} |", flush=True)
+            too_slow += [name] if ratio < required else []
+    if too_slow:
+        raise SystemExit(f"below the required ratio: {', '.join(too_slow)}")
 
 
 def ratios_of(pairs):
-    """Their seconds over ours, of ROUNDS pairs or more."""
+    """Their seconds divided by ours, of ROUNDS pairs or more."""
     started, ratios = time.perf_counter(), []
     while len(ratios) < ROUNDS or time.perf_counter() - started < SECONDS:
         ours, theirs = next(pairs)
@@ -93,7 +96,7 @@ def ratios_of(pairs):
     return ratios
 
 
-# Each measure yields pairs (our seconds, their seconds) for the same work, without end.
+# Each measure yields pairs (our seconds, their seconds) of the same work, and never ends.
 
 
 def input_at(size):
@@ -101,13 +104,13 @@ def input_at(size):
         pairs = find_pairs("many")
         store = ChipStore(open_store(pairs.eo, "chips"), device)
         stream = WeightedStream(pairs.labels, BATCH, 0.5, 0)
-        feed = Feed(stream, np.arange(len(store)), pairs.labels, device, store)
+        batches = Batches(stream, pairs.labels, device, 1, store)
+        augment = Augmentation(GREY, jitter=0.3, speckle=0.0, sizes=[size])
         loader = folder_loader(size)
 
         def ours():
-            for step in range(len(loader)):
-                views, _, chips = feed(step)
-                channels_last(resize(jitter(normalise(turn(chips, views), 0.4, 0.12), 0.3), size))
+            for batch in batches.between(0, len(loader)):
+                channels_last(augment(batch))
 
         def theirs():
             for images, labels in loader:
@@ -121,8 +124,7 @@ def input_at(size):
 
 def pretrain_step(device):
     """The script's own steps in its own loop, against forward, backward and optimizer alone."""
-    settings = ["DATA_ROOT=many", f"DEVICE={device}", f"BACKBONE={LARGE}"]
-    model, loss_of, options = captured("pretrain.py", *settings)
+    training = captured("pretrain.py", "DATA_ROOT=many", f"DEVICE={device}", f"BACKBONE={LARGE}")
     network, optimizer = network_of(LARGE, 56, len(PAIRS), device)
     sizes = [scaled(56, scale) for scale in SCALES]
     ready = [channels_last(torch.randn(BATCH, 1, size, size, device=device)) for size in sizes]
@@ -132,13 +134,13 @@ def pretrain_step(device):
         for images in ready * 2:
             train_step(network, optimizer, images, labels)
 
-    return alternate(lambda: fitted(model, loss_of, options, 6), theirs, device)
+    return alternate(lambda: fit_time(training, 6), theirs, device)
 
 
 def pretrain_epoch(device):
     """A whole epoch of a small network at 64 px, against the same network behind a DataLoader."""
     settings = ["DATA_ROOT=many", f"DEVICE={device}", f"BACKBONE={SMALL}", "IMAGE_SIZE=64", "TRAIN_SCALES=1"]
-    model, loss_of, options = captured("pretrain.py", *settings)
+    training = captured("pretrain.py", *settings)
     loader = folder_loader(64)
     network, optimizer = network_of(SMALL, 64, len(PAIRS), device)
 
@@ -147,26 +149,22 @@ def pretrain_epoch(device):
             train_step(network, optimizer, images[:, :1].to(device), labels.to(device))
 
     theirs()
-    return alternate(lambda: fitted(model, loss_of, options, len(loader)), theirs, device)
+    return alternate(lambda: fit_time(training, len(loader)), theirs, device)
 
 
 def sar_feature_step(device):
-    """Cache warm: both are the scripts' own loops."""
-    model, loss_of, options = captured("pretrain.py", "DATA_ROOT=many", f"DEVICE={device}")
-    teacher("many", BACKBONE, 56)
-    student, distilled, more = captured("sar_feature.py", "TEACHER=teacher.pt", f"DEVICE={device}")
-    with torch.no_grad():
-        for step in range(STEPS):
-            distilled(step)
-    return alternate(
-        lambda: fitted(student, distilled, more), lambda: fitted(model, loss_of, options), device
-    )
+    """Both sides are the scripts' own loops; the teacher's outputs are in the cache."""
+    teacher = captured("pretrain.py", "DATA_ROOT=many", f"DEVICE={device}")
+    write_checkpoint("many", BACKBONE, 56)
+    student = captured("sar_feature.py", "TEACHER=untrained.pt", f"DEVICE={device}")
+    fit_time(student)  # fills the cache
+    return alternate(lambda: fit_time(student), lambda: fit_time(teacher), device)
 
 
 def twenty_epochs_distilled(backbone):
     def measure(device):
-        teacher("few", backbone, 56)
-        settings = ["EPOCHS=20", f"DEVICE={device}", f"BACKBONE={BACKBONE}", "TEACHER=teacher.pt"]
+        write_checkpoint("few", backbone, 56)
+        settings = ["EPOCHS=20", f"DEVICE={device}", f"BACKBONE={BACKBONE}", "TEACHER=untrained.pt"]
         settings += ["INIT="] if backbone != BACKBONE else []
         return alternate(
             lambda: script("sar_feature.py", *settings),
@@ -179,11 +177,11 @@ def twenty_epochs_distilled(backbone):
 
 def twenty_epochs_of_the_head(all_views, backbone, size):
     def measure(device):
-        teacher("few", backbone, size, stage="sar_feature", sensor="SAR")
-        settings = ["EPOCHS=20", f"DEVICE={device}", "STUDENT=teacher.pt", f"ALL_VIEWS={all_views}"]
+        write_checkpoint("few", backbone, size, stage="sar_feature", sensor="SAR")
+        settings = ["EPOCHS=20", f"DEVICE={device}", "STUDENT=untrained.pt", f"ALL_VIEWS={all_views}"]
 
         def every_step():
-            with mock.patch("utils.train.frozen.FrozenCache", lambda answer, *rest, **options: answer):
+            with mock.patch("utils.train.feature_cache.FrozenCache", lambda network, *_, **__: network):
                 return script("finetune.py", *settings)
 
         return alternate(lambda: script("finetune.py", *settings), every_step, device)
@@ -198,7 +196,7 @@ def prediction(device):
     store = ChipStore(open_store(pairs.sar, "chips"), device).subset(np.arange(256))
     views = tta_views((0, 90, 180, 270), SCALES)
     sizes = [scaled(56, scale) for scale in SCALES]
-    ready = [channels_last(to_input(store[0:256], size, 0.4, 0.12)) for size in sizes]
+    ready = [channels_last(to_input(store[:256], size, *GREY)) for size in sizes]
 
     @torch.no_grad()
     def theirs():
@@ -207,7 +205,7 @@ def prediction(device):
                 model(images)
 
     def ours():
-        predict(model, store, 56, (0.4, 0.12), views, 256)
+        predict(model, store, 56, GREY, views, 256)
 
     return alternate(ours, theirs, device)
 
@@ -237,16 +235,16 @@ def alternate(ours, theirs, device):
 
 
 def seconds(work, device):
-    """Seconds of work(), or those that it tells itself."""
+    """Seconds of work(), or those that it returns."""
     if device.type != "cuda":
         started = time.perf_counter()
         return work() or time.perf_counter() - started
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
-    told = work()
+    returned = work()
     last.record()
     torch.cuda.synchronize()
-    return told or first.elapsed_time(last) / 1000
+    return returned or first.elapsed_time(last) / 1000
 
 
 # What both sides are made of.
@@ -284,20 +282,21 @@ def channels_last(images):
     return images.to(memory_format=torch.channels_last)
 
 
-def teacher(root, backbone, size, stage="pretrain", sensor="EO"):
-    """Write teacher.pt: a checkpoint of an untrained network, which is as fast as a trained one."""
+def write_checkpoint(root, backbone, size, stage="pretrain", sensor="EO"):
+    """Write untrained.pt: a checkpoint of an untrained network, which is as fast as a trained one."""
     pairs = find_pairs(root)
     model = Classifier(backbone, len(pairs.classes), size)
-    save_checkpoint("teacher.pt", {
+    save_checkpoint("untrained.pt", {
         "stage": stage, "sensor": sensor, "settings": {}, "backbone": backbone, "image_size": size,
-        "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
-        "scales": (1.0,), "grey": (0.4, 0.12), "data_root": root, "val_fraction": 0.1,
+        "chip_side": common_side(pairs.eo if sensor == "EO" else pairs.sar),
+        "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts, "grey": GREY,
+        "scales": (1.0,), "views": ((0, 1.0),), "ood": {}, "data_root": root, "val_fraction": 0.1,
         "model": model.state_dict(),
     })  # fmt: skip
 
 
 def script(name, *settings):
-    """Seconds of a script from the chips in their place to the last step, without validation and files."""
+    """Seconds that a script takes once its chips are in memory, without validation and files."""
     started = time.perf_counter()
 
     def place(*arguments):
@@ -307,35 +306,39 @@ def script(name, *settings):
         return stores
 
     with (
-        training_alone(),
+        training_only(),
         mock.patch("data.store.place_stores", place),
         mock.patch.object(sys, "argv", [name, *settings]),
     ):
-        runpy.run_path(str(ROOT / name), run_name="__main__")
+        runpy.run_path(str(Path(__file__).resolve().parents[1] / name), run_name="__main__")
     return time.perf_counter() - started
 
 
 def captured(name, *settings):
-    """The model, loss_of and options that a script hands to its training loop."""
+    """Learner, batches, validate, run and contents: what a script passes to `fit`."""
     with mock.patch("utils.train.loop.fit") as loop:
         script(name, *settings)
-    (model, loss_of, _), options = loop.call_args
-    return model, loss_of, options
+    return loop.call_args.args
 
 
-def fitted(model, loss_of, options, steps=STEPS):
-    """Seconds of the steps of one epoch in the scripts' training loop."""
-    with training_alone():
-        (row,) = fit(model, loss_of, unvalidated, **options | {"epochs": 1, "steps": steps})
+def fit_time(training, steps=STEPS):
+    """Seconds that `fit` takes for one epoch of so many steps; training: of `captured`."""
+    learner, batches, _, run, contents = training
+    batches.epochs, batches.steps = 1, steps
+    with training_only():
+        (row,) = fit(learner, batches, unvalidated, run, contents)
     return steps * BATCH / row["images/s"]
 
 
 @contextlib.contextmanager
-def training_alone():
+def training_only():
+    """No validation and no files."""
     with (
-        mock.patch("utils.train.loop.save_checkpoint"),
-        mock.patch("utils.train.loop.plot_history"),
-        mock.patch("utils.train.validation.validation", lambda *_: unvalidated),
+        mock.patch("utils.train.validation.Validation", lambda *_: unvalidated),
+        mock.patch("utils.train.validation.labelled_chips", lambda *_: None),
+        mock.patch("utils.run.resume.Run.save"),
+        mock.patch("utils.train.history.History.write"),
+        mock.patch("utils.train.history.History.plot"),
     ):
         yield
 
@@ -357,7 +360,7 @@ def quiet():
 
 
 def machine(device):
-    """What it was measured on."""
+    """The machine in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cores = len(os.sched_getaffinity(0))
@@ -382,4 +385,4 @@ table = (
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

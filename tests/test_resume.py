@@ -13,7 +13,10 @@ from utils.run.checkpoint import save_checkpoint
 from utils.run.lock import held
 from utils.run.resume import Run
 
+import numpy as np
 import pytest
+from filelock import FileLock
+from PIL import Image
 
 # Runs a script that gets a signal at a step, or (signal 0) whose losses are not finite from there on.
 STOPPED = """
@@ -134,18 +137,95 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, t
     assert (tmp_path.parent / f"{tmp_path.name}.1/last.previous.damaged.pt").exists()
 
 
-def test_a_finished_run_is_not_repeated_and_not_overwritten(pipeline, tiny_demo):
-    cwd, _ = pipeline
-    settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=1", "OUT_DIR=finished"]
-    must(run_script("pretrain.py", cwd, *settings))
-    first = (cwd / "finished/last.pt").read_bytes()
-    must(run_script("pretrain.py", cwd, *settings))
-    assert (cwd / "finished/last.pt").read_bytes() == first
-    # Other settings, or a wish to start anew: the old run is kept beside.
-    must(run_script("pretrain.py", cwd, *settings, "SEED=5"))
-    assert (cwd / "finished.1/last.pt").read_bytes() == first
-    must(run_script("pretrain.py", cwd, *settings, "SEED=5", "RESUME=False"))
-    assert (cwd / "finished.2/last.pt").exists()
+SMALL = ["EPOCHS=2", "BATCH_SIZE=16", "IMAGE_SIZE=16", "TRAIN_SCALES=1"]
+
+
+def test_a_finished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
+    """The same one is not trained again, wherever its data lies; another one is, and the earlier one is kept."""
+    shutil.copytree(tiny_demo, tmp_path / "here")
+    first = must(run_script("pretrain.py", tmp_path, "DATA_ROOT=here", *SMALL))
+    assert "written: runs/pretrain/best.pt" in first
+    content = (tmp_path / "runs/pretrain/last.pt").read_bytes()
+
+    def again(*settings):
+        printed = must(run_script("pretrain.py", tmp_path, *SMALL, *settings))
+        kept = [path for path in tmp_path.glob("runs/pretrain.*/last.pt") if path.read_bytes() == content]
+        return printed, kept
+
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    printed, kept = again("DATA_ROOT=there", "DEVICE=cpu")
+    assert "nothing was trained: runs/pretrain holds this run already, finished on 20" in printed and not kept
+    assert "written" not in printed and "RESUME=False trains it anew" in printed and "next: python sar" in printed
+    for path in (tmp_path / "there/train/EO_Train").rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    printed, kept = again("DATA_ROOT=there")
+    assert "is kept as runs/pretrain.1 (the data" in printed and "epoch 2/2" in printed and len(kept) == 1
+    assert not same(model(kept[0]), model(tmp_path / "runs/pretrain/last.pt"))
+    printed, _ = again("DATA_ROOT=there", "SEED=5")
+    assert "is kept as runs/pretrain.2 (SEED was 0, is 5)" in printed
+    printed, _ = again("DATA_ROOT=there", "SEED=5", "RESUME=False")
+    assert "is kept as runs/pretrain.3" in printed and "epoch 2/2" in printed
+
+
+def test_an_unfinished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
+    shutil.copytree(tiny_demo, tmp_path / "here")
+    stopped("pretrain.py", tmp_path, 3, signal.SIGTERM, "DATA_ROOT=here", *SMALL)
+    before = (tmp_path / "runs/pretrain/last.pt").read_bytes()
+    path = next((tmp_path / "here/train/EO_Train").rglob("*.png"))
+    content = path.read_bytes()
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    process = run_script("pretrain.py", tmp_path, "DATA_ROOT=here", *SMALL)
+    assert process.returncode == 1 and "the data (pixels, labels or class names) has changed" in process.stderr
+    assert (tmp_path / "runs/pretrain/last.pt").read_bytes() == before
+    path.write_bytes(content)
+    assert "goes on from step 4" in must(run_script("pretrain.py", tmp_path, "DATA_ROOT=here", *SMALL))
+
+
+def test_other_code_is_another_run(tiny_demo, tmp_path):
+    """Of a copy of the project, whose focal loss changes: a finished run is trained anew, an unfinished one goes on."""
+    project = tmp_path / "project"
+    for folder in ("data", "models", "utils"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pretrain.py", project)
+    settings = [f"DATA_ROOT={tiny_demo}", *SMALL]
+
+    def run(*settings, step=-1):
+        code = STOPPED.replace("import os, runpy, sys", f"import os, runpy, sys\nsys.path.insert(0, {str(project)!r})")
+        (tmp_path / "run.py").write_text(code)
+        command = [sys.executable, "run.py", str(step), str(int(signal.SIGTERM)), str(project / "pretrain.py")]
+        environment = os.environ | {"PYTHONPATH": str(project)}
+        return subprocess.run(
+            [*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )  # fmt: skip
+
+    assert "written" in must(run(*settings, "OUT_DIR=finished"))
+    assert run(*settings, "OUT_DIR=unfinished", step=3).returncode == 128 + signal.SIGTERM
+    focal = project / "models/focal.py"
+    text = focal.read_text()
+    focal.write_text(text.replace("return loss.mean()", "return 2 * loss.mean()"))
+    assert focal.read_text() != text
+    assert "is kept as finished.1 (the source code has changed)" in must(run(*settings, "OUT_DIR=finished"))
+    printed = must(run(*settings, "OUT_DIR=unfinished"))
+    assert "the source code has changed since this run was started" in printed and "goes on from step 4" in printed
+
+
+def test_a_second_start_in_one_folder_is_refused(tiny_demo, tmp_path):
+    settings = [f"DATA_ROOT={tiny_demo}", *SMALL]
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs/pretrain.lock"):
+        process = run_script("pretrain.py", tmp_path, *settings)
+        assert process.returncode == 1 and "another process writes into OUT_DIR runs/pretrain" in process.stderr
+        must(run_script("pretrain.py", tmp_path, *settings, "OUT_DIR=other"))
+    must(run_script("pretrain.py", tmp_path, *settings))
+
+
+def test_the_next_command_takes_what_was_made(tiny_demo, tmp_path):
+    settings = [f"DATA_ROOT={tiny_demo}", *SMALL]
+    printed = must(run_script("pretrain.py", tmp_path, *settings, "OUT_DIR=my runs/a"))
+    assert "next: python sar_feature.py TEACHER='my runs/a/best.pt'\n" in printed
+    printed = must(run_script("pretrain.py", tmp_path, *settings, "SENSOR=SAR"))
+    assert "next: python results.py CHECKPOINT=runs/pretrain/best.pt\n" in printed
+    must(run_script("results.py", tmp_path, "CHECKPOINT=runs/pretrain/best.pt", "REPORT=False"))
 
 
 def test_a_run_from_another_checkpoint_is_another_run(pipeline, tiny_demo):
@@ -157,7 +237,7 @@ def test_a_run_from_another_checkpoint_is_another_run(pipeline, tiny_demo):
             teacher["model"]["head.bias"] += 1
         save_checkpoint(cwd / "teacher.pt", teacher)
         must(run_script("sar_feature.py", cwd, *settings))
-        assert len(list(cwd.glob("taught.*"))) == kept
+        assert len(list(cwd.glob("taught.*/last.pt"))) == kept
 
 
 def test_an_unfinished_run_with_other_settings_ends_with_a_sentence(pipeline, tiny_demo):

@@ -20,11 +20,13 @@ def refuse_second_start(out_dir):
     """
     out_dirs.append(out_dir)
     path = f"{os.path.normpath(out_dir)}.lock"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    if not has_locks(os.path.dirname(path) or "."):
-        return
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
     try:
-        held.enter_context(filelock.FileLock(path, timeout=0))
+        if has_locks(folder):
+            held.enter_context(filelock.FileLock(path, timeout=0))
+    except PermissionError:  # the folder above may be closed, and OUT_DIR itself open
+        pass
     except filelock.Timeout:
         raise SettingError(
             f"another process writes into OUT_DIR {out_dir} at this moment; wait for it, or set another OUT_DIR"
