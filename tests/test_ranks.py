@@ -42,6 +42,7 @@ with distributed():
 """
 
 
+@pytest.mark.slow
 def test_gradients_and_batch_statistics_are_those_of_the_whole_batch(tmp_path):
     from timm.layers import BatchNormAct2d
     from torch import nn
@@ -83,6 +84,7 @@ def test_ranks_augment_as_one_process_does():
     assert torch.equal(torch.cat(parts), noisy(images))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_predict_as_one_process(tiny_demo, tmp_path):
     """With batch norm over both, and with class weights; a few steps, since rounding grows with them."""
     settings = {
@@ -136,6 +138,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_ranks_weights_are_the_same_bit_for_bit_and_another_number_goes_on(tiny_demo, tmp_path):
     (tmp_path / "hashed.py").write_text(HASHED)
     settings = [f"DATA_ROOT={tiny_demo}", "BATCH_SIZE=8", "EPOCHS=2", "SPECKLE=0.1"]
@@ -192,6 +195,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_one_ranks_error_ends_all_with_its_message(tiny_demo, tmp_path):
     script = write(tmp_path / "failing.py", FAILING)
     process = run_ranks(2, script, tmp_path, ROOT / "pretrain.py", f"DATA_ROOT={tiny_demo}", "EPOCHS=1")

@@ -55,6 +55,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", list(SETTINGS))
 def test_a_stopped_run_ends_with_the_same_weights(pipeline, tiny_demo, script):
     """Stopped by the scheduler within the first epoch, killed within the second, after a late start."""
@@ -76,6 +77,7 @@ def test_a_stopped_run_ends_with_the_same_weights(pipeline, tiny_demo, script):
     assert len((cwd / f"parts_{script}/history.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_history_of_a_stopped_run(pipeline, tiny_demo):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cwd, _ = pipeline
@@ -90,6 +92,7 @@ def test_tensorboard_shows_the_history_of_a_stopped_run(pipeline, tiny_demo):
                 assert shown == pytest.approx([float(value)]), name
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(pipeline, tiny_demo):
     cwd, _ = pipeline
     process = stopped("pretrain.py", cwd, 1, signal.SIGINT, f"DATA_ROOT={tiny_demo}", "OUT_DIR=ctrl_c")
@@ -181,6 +184,7 @@ def test_an_unfinished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
     assert "goes on from step 4" in must(run_script("pretrain.py", tmp_path, "DATA_ROOT=here", *SMALL))
 
 
+@pytest.mark.slow
 def test_other_code_is_another_run(tiny_demo, tmp_path):
     """Of a copy of the project, whose focal loss changes: a finished run is trained anew, an unfinished one goes on."""
     project = tmp_path / "project"
@@ -228,6 +232,7 @@ def test_the_next_command_takes_what_was_made(tiny_demo, tmp_path):
     must(run_script("results.py", tmp_path, "CHECKPOINT=runs/pretrain/best.pt", "REPORT=False"))
 
 
+@pytest.mark.slow
 def test_a_run_from_another_checkpoint_is_another_run(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=1", "OUT_DIR=taught", "TEACHER=teacher.pt"]
@@ -240,6 +245,7 @@ def test_a_run_from_another_checkpoint_is_another_run(pipeline, tiny_demo):
         assert len(list(cwd.glob("taught.*/last.pt"))) == kept
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_with_other_settings_ends_with_a_sentence(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = [f"DATA_ROOT={tiny_demo}", "OUT_DIR=unfinished"]
@@ -250,6 +256,7 @@ def test_an_unfinished_run_with_other_settings_ends_with_a_sentence(pipeline, ti
     assert (cwd / "unfinished/last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = [f"DATA_ROOT={tiny_demo}", "BATCH_SIZE=16", "MAX_BAD_STEPS=5"]
@@ -261,6 +268,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(pipeline, ti
     assert same(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_sentence_and_leaves_what_was_there(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = [f"DATA_ROOT={tiny_demo}", "OUT_DIR=full"]

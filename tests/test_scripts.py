@@ -18,6 +18,7 @@ from utils.run.checkpoint import build_model
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 STAGES = ("pretrain", "sar_feature", "finetune")
 
@@ -94,30 +95,96 @@ def test_finetune_moves_the_head_alone(pipeline):
         assert torch.equal(value, before["model"][key]) == key.startswith("backbone."), key
 
 
-def test_finetune_features_are_those_of_the_long_way(pipeline, tiny_demo, monkeypatch):
+@pytest.fixture
+def captured(pipeline, monkeypatch):
+    """What a script hands to its training loop: learner, batches, validate, run, contents."""
+    cwd, _ = pipeline
+    monkeypatch.chdir(cwd)
+
+    def capture(script, *settings):
+        arguments = []
+        monkeypatch.setattr("utils.train.loop.fit", lambda *handed_over: arguments.extend(handed_over))
+        monkeypatch.setattr(sys, "argv", [script, "OUT_DIR=other", "BATCH_SIZE=24", *settings])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        return arguments
+
+    return capture
+
+
+def by_hand(source, images, batch):
+    """Logits of a checkpoint's network on chips in the views of a batch, turned one by one."""
+    turned = [np.rot90(np.fliplr(chip) if view > 3 else chip, view % 4).copy()
+              for chip, view in zip(images, batch.host_views, strict=True)]  # fmt: skip
+    mean, std = source["grey"]
+    inputs = torch.from_numpy(np.stack(turned)[:, None]).float() / 255
+    side = source["image_size"]
+    inputs = F.interpolate((inputs - mean) / std, size=(side, side), mode="bilinear", antialias=True)
+    return inputs
+
+
+def training_chips(paths, cwd, source, tiny_demo):
+    pairs = find_pairs(tiny_demo)
+    train, _ = stratified_split(pairs.labels, source["val_fraction"])
+    return np.array(open_store(getattr(pairs, paths), cwd / "runs/chips")[train]), pairs.labels[train]
+
+
+PLAIN = ("JITTER=0", "SPECKLE=0", "TRAIN_SCALES=1")
+
+
+def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tiny_demo):
+    cwd, _ = pipeline
+    learner, batches, _, _, contents = captured("pretrain.py", f"DATA_ROOT={tiny_demo}", "GAMMA=3", *PLAIN)
+    chips, labels = training_chips("eo", cwd, contents, tiny_demo)
+    model = learner.model.eval()
+    for batch in batches.between(0, 2):
+        loss, logits, truth = learner.modules.loss_of(batch)
+        wanted = model(by_hand(contents, chips[batch.indices], batch))
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert truth.tolist() == labels[batch.indices].tolist()
+        p = wanted.softmax(1).gather(1, truth[:, None])
+        torch.testing.assert_close(loss, (-((1 - p) ** 3) * p.log()).mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_sar_feature_distils_the_teacher_in_the_same_view(pipeline, captured, tiny_demo, cached):
+    """T^2 KL(teacher || student) in one view, and focal loss on the labels; the student starts as the teacher."""
+    cwd, _ = pipeline
+    settings = ["KL_WEIGHT=0.7", "LABEL_WEIGHT=0.4", "GAMMA=1", "TEMPERATURE=3", f"CACHE_TEACHER={cached}", *PLAIN]
+    learner, batches, _, _, contents = captured("sar_feature.py", *settings)
+    source = load(cwd / "runs/pretrain/best.pt")
+    teacher, student = build_model(source), learner.model.eval()
+    assert same(student.state_dict(), teacher.state_dict())
+    student.head.weight.data += 0.1 * torch.randn(student.head.weight.shape)  # or KL would be that of equal networks
+    eo, labels = training_chips("eo", cwd, source, tiny_demo)
+    sar, _ = training_chips("sar", cwd, source, tiny_demo)
+    for batch in batches.between(0, 2):
+        loss, logits, truth = learner.modules.loss_of(batch)
+        wanted = student(by_hand(contents, sar[batch.indices], batch))
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        taught = teacher(by_hand(source, eo[batch.indices], batch)).detach()
+        log_q, log_p = (wanted / 3).log_softmax(1), (taught / 3).log_softmax(1)
+        kl = 9 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+        p = wanted.softmax(1).gather(1, torch.from_numpy(labels[batch.indices])[:, None])
+        focal = (-(1 - p) * p.log()).mean()
+        torch.testing.assert_close(loss, 0.7 * kl + 0.4 * focal, atol=2e-3, rtol=2e-3)
+        assert set(batch.host_views) - {0}
+
+
+def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_demo):
     """Batch for batch: the cached features give the logits of the frozen network on the views."""
     cwd, _ = pipeline
-    arguments = []
-
-    def capture(learner, batches, *rest):
-        arguments.extend([learner.modules.loss_of, batches])
-
-    monkeypatch.setattr("utils.train.loop.fit", capture)
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "OUT_DIR=other", "BATCH_SIZE=24"])
-    runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
-    source, pairs = load(cwd / "runs/sar_feature/best.pt"), find_pairs(tiny_demo)
-    train, _ = stratified_split(pairs.labels, source["val_fraction"])
-    chips = torch.from_numpy(np.array(open_store(pairs.sar, cwd / "runs/chips")[train]))
-    model, stream = build_model(source), BalancedStream(pairs.labels[train], 24, 0)
-    loss_of, batches = arguments
+    learner, batches, *_ = captured("finetune.py")
+    source = load(cwd / "runs/sar_feature/best.pt")
+    sar, labels = training_chips("sar", cwd, source, tiny_demo)
+    model, chips = build_model(source), torch.from_numpy(sar)
+    stream = BalancedStream(labels, 24, 0)
     for step, batch in enumerate(batches.between(0, 3)):
         indices, views = map(torch.from_numpy, stream.batch(step))
-        _, logits, labels = loss_of(batch)
+        _, logits, truth = learner.modules.loss_of(batch)
         size = round(source["image_size"] * source["scales"][step])
         images = to_input(turn(chips[indices], views), size, *source["grey"])
         torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
-        assert labels.tolist() == pairs.labels[train][indices].tolist()
+        assert truth.tolist() == labels[indices].tolist()
 
 
 def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
@@ -251,6 +318,7 @@ def test_sar_checkpoint_is_no_teacher(pipeline):
     assert process.returncode == 1 and "SAR checkpoint of finetune.py" in process.stderr
 
 
+@pytest.mark.slow
 def test_pipeline_on_real_radar(mstar, tmp_path):
     """MSTAR chips: class names that are not the challenge's, test chips from a folder of their own."""
     must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={mstar}", "EPOCHS=4"))
