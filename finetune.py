@@ -10,7 +10,7 @@ from data.augment import VIEWS
 from data.batches import Batches
 from data.layouts import find_pairs
 from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified_split
-from data.store import open_store, place_stores, unreadable
+from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
 from utils.predict.tta import scaled, view_features
@@ -53,7 +53,7 @@ SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 TENSORBOARD = False  # True writes event files as well, where tensorboard is installed
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips and caches, else host or disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
@@ -69,11 +69,12 @@ def main():
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
     if NEW_HEAD:
         model.head.reset_parameters()
-    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side)
+    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, source["grey_range"])
     if not run.begin(made_from(__file__, pairs, [chips], source=source)):
         return run.announce("results.py", "CHECKPOINT")
     train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
-    (sar,) = place_stores(device, CHIP_MEMORY_GB, chips)
+    budget = MemoryBudget(device, CHIP_MEMORY_GB)
+    (sar,) = place_stores(budget, chips)
     labels, sar_train = pairs.labels[train], sar.subset(train)
     stream = (
         BalancedStream(labels, run.batch_size, SEED) if BALANCED
@@ -93,9 +94,7 @@ def main():
         """Cached features at a scale, which the steps first, first + len(scales), ... take."""
         drawn = ((indices, drawn_views % views) for indices, drawn_views in batches.draws(first, len(scales)))
         features = partial(view_features, model, sar_train, scaled(size, scale), grey)
-        return FrozenCache(
-            features, chain(in_views, drawn), len(train), BATCH_SIZE, device, memory_gb=CHIP_MEMORY_GB
-        )
+        return FrozenCache(features, chain(in_views, drawn), len(train), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
     requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0)
@@ -112,7 +111,7 @@ def main():
         "ood": fit_scores(mean, labels[fitted_on], counts, BACKGROUND), "data_root": root,
         "views": tuple((view, scale) for scale in scales for view in range(views)),
     }  # fmt: skip
-    labelled = labelled_chips(root, pairs.classes, device, STORE_DIR, SKIP_BAD, side)
+    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, grey)
     if COMPILE:

@@ -8,7 +8,7 @@ from data.batches import Batches
 from data.demo import ensure_demo
 from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
-from data.store import grey_statistics, open_store, place_stores, unreadable
+from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict.tta import scaled
@@ -31,6 +31,7 @@ OUT_DIR = "runs/pretrain"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
 SENSOR = "EO"  # "EO" as in the method; "SAR" trains the plain baseline without a teacher
+GREY_RANGE = ()  # two numbers: black and white of files with more than 8 bits; empty: taken from the data set
 BACKBONE = "test_resnet"  # any timm model; resnet18 or larger on a GPU
 WEIGHTS = ""  # "" from scratch, "timm" from the hub, or a file of weights
 IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be better
@@ -55,7 +56,7 @@ SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 TENSORBOARD = False  # True writes event files as well, where tensorboard is installed
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips and caches, else host or disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
@@ -74,12 +75,14 @@ def main():
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
-    chips = open_store(paths, STORE_DIR, SKIP_BAD)
+    grey_range = choose_grey_range(paths, GREY_RANGE)
+    chips = open_store(paths, STORE_DIR, SKIP_BAD, grey_range=grey_range)
     if not run.begin(made_from(__file__, pairs, [chips], WEIGHTS)):
         return run.announce(*following)
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
     grey = grey_statistics(chips, train)
-    (store,) = place_stores(device, CHIP_MEMORY_GB, chips)
+    budget = MemoryBudget(device, CHIP_MEMORY_GB)
+    (store,) = place_stores(budget, chips)
 
     labels = pairs.labels[train]
     stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
@@ -98,14 +101,13 @@ def main():
 
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
-        "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts, "grey": grey,
-        "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
+        "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
+        "grey": grey, "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
         "ood": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
-    side = chips.shape[1]
-    labelled = SENSOR == "SAR" and labelled_chips(DATA_ROOT, pairs.classes, device, STORE_DIR, SKIP_BAD, side)
+    labelled = SENSOR == "SAR" and labelled_chips(DATA_ROOT, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = store.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
     if COMPILE:

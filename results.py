@@ -8,9 +8,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from data.layouts import find_chips, find_reference, find_test, image_ids, read_labelled
-from data.store import open_store, place_stores, unreadable
-from utils.predict.clusters import chip_numbers
+from data.layouts import find_test, image_ids, read_chips
+from data.store import MemoryBudget, open_store, place_stores, unreadable
+from utils.predict.clusters import choose_clustering
 from utils.predict.members import choose_score, load_members, set_views
 from utils.predict.pipeline import PipelineSettings, nearest_classes, run_pipeline
 from utils.predict.submission import write_submission
@@ -62,18 +62,16 @@ def main():
     # Chips: names and reference are checked before the long work.
     first = members[0].checkpoint
     folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT or first["data_root"])
-    paths = find_chips(folder)
-    if CLUSTER_BY in ("sequence", "both"):
-        chip_numbers([path.name for path in paths])
-    reference = find_reference(folder)
-    truth = read_labelled(paths, reference, first["classes"]) if reference else None
-    sides = sorted({member.checkpoint["chip_side"] for member in members})
-    chips = [open_store(paths, STORE_DIR, SKIP_BAD, side) for side in sides]
+    paths, truth = read_chips(folder, first["classes"], first["class_ids"])
+    cluster_by = choose_clustering(CLUSTER_BY, [path.name for path in paths], SEQUENCE_GAP)
+    pipeline = replace(pipeline, cluster_by=cluster_by)
+    readings = sorted({member.reading for member in members})
+    chips = [open_store(paths, STORE_DIR, SKIP_BAD, *reading) for reading in readings]
     good = np.setdiff1d(np.arange(len(paths)), unreadable(chips[0]))
     paths, truth = [paths[i] for i in good], truth and truth.subset(good)
     names = [path.name for path in paths]
-    stores = zip(sides, place_stores(device, CHIP_MEMORY_GB, *chips), strict=True)
-    stores = {side: store.subset(good) for side, store in stores}
+    stores = zip(readings, place_stores(MemoryBudget(device, CHIP_MEMORY_GB), *chips), strict=True)
+    stores = {reading: store.subset(good) for reading, store in stores}
 
     # Prediction: all ranks run the networks, rank 0 goes on alone.
     if COMPILE:
@@ -107,7 +105,7 @@ def main():
         steps = {"one view": (single.labels, single.confidence)} | steps
     prediction = Prediction(
         first["classes"], settings, steps, result.probabilities, result.clusters, result.features,
-        lambda indices: stores[sides[-1]][indices].cpu().numpy(), seconds, first["counts"],
+        lambda indices: stores[readings[-1]][indices].cpu().numpy(), seconds, first["counts"],
         nearest_classes(outputs[0]), truth,
     )  # fmt: skip
     remove_old_scores(Path(OUT_DIR))

@@ -7,7 +7,7 @@ from data.augment import VIEWS, Augmentation
 from data.batches import Batches
 from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
-from data.store import grey_statistics, open_store, place_stores, unreadable
+from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
@@ -33,6 +33,7 @@ DATA_ROOT = ""  # folder of the data set; empty: the teacher's
 OUT_DIR = "runs/sar_feature"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
+GREY_RANGE = ()  # two numbers: black and white of SAR files with more than 8 bits; empty: taken from the data set
 BACKBONE = ""  # any timm model for the student; empty: the teacher's
 INIT = "teacher"  # the student's first weights: "teacher", "" from scratch, "timm", or a file
 EPOCHS = 10  # passes over as many pairs as there are
@@ -60,7 +61,7 @@ SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
 MAX_BAD_STEPS = 20  # steps in a row without a finite loss that end the run
 TENSORBOARD = False  # True writes event files as well, where tensorboard is installed
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free
+CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips and caches, else host or disk; 0 = half the free
 COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait, no gain on a CPU
 
 
@@ -88,14 +89,16 @@ def main():
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"])
-    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD)
+    grey_range = choose_grey_range(pairs.sar, GREY_RANGE)
+    eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
+    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, grey_range=grey_range)
     if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], INIT, source)):
         return run.announce("finetune.py", "STUDENT")
     bad = unreadable(eo_chips), unreadable(sar_chips)
     train, held_out = stratified_split(pairs.labels, source["val_fraction"], *bad)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
-    eo, sar = place_stores(device, CHIP_MEMORY_GB, eo_chips, sar_chips)
+    budget = MemoryBudget(device, CHIP_MEMORY_GB)
+    eo, sar = place_stores(budget, eo_chips, sar_chips)
     labels, eo_train = pairs.labels[train], eo.subset(train)
     stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
     paths = [pairs.sar[i] for i in train]
@@ -112,7 +115,7 @@ def main():
     teacher_outputs = ask_teacher
     if CACHE_TEACHER:
         teacher_outputs = FrozenCache(
-            ask_teacher, batches.draws(), len(train), BATCH_SIZE, device, torch.float16, CHIP_MEMORY_GB
+            ask_teacher, batches.draws(), len(train), BATCH_SIZE, budget, STORE_DIR, torch.float16
         )
     augment = Augmentation(sar_grey, JITTER, SPECKLE, sizes)
 
@@ -132,11 +135,12 @@ def main():
         return loss, logits, batch.labels
 
     contents = source | {
-        "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey": sar_grey, "data_root": root,
-        "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
+        "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey_range": grey_range,
+        "grey": sar_grey, "data_root": root, "scales": TRAIN_SCALES,
+        "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
-    labelled = labelled_chips(root, pairs.classes, device, STORE_DIR, SKIP_BAD, sar_chips.shape[1])
+    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, sar_grey)
     if COMPILE:

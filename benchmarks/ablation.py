@@ -1,11 +1,11 @@
-"""What each part of the method brings: mean and spread over seeds, on any data root.
+"""The effect of each part of the method: mean and standard deviation over seeds, on any data root.
 
 python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2]
 
-Trains what the rows need: every SAR network takes the same number of optimizer steps and starts
-from the same seed, and each row differs from the scripts' defaults in what it names alone. Started
-again, it goes on after what it has finished. Prints Markdown tables and keeps them in OUT_DIR, with
-the figures of every seed (ablation.csv) and a picture (ablation.png).
+Trains the networks that the rows need. Every SAR network takes the same number of optimizer steps and
+starts from the same seed, and each row differs from the scripts' defaults only in what its name says.
+Started again, it goes on after the groups that are finished. Prints Markdown tables and writes them into
+OUT_DIR, with the scores of every seed (ablation.csv) and a picture (ablation.png).
 """
 
 import csv
@@ -14,48 +14,58 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import results  # noqa: E402
-import sar_feature  # noqa: E402
-from data.demo.writer import ensure_demo  # noqa: E402
-from data.layouts import find_chips, find_pairs, find_reference, find_test, read_labelled  # noqa: E402
-from data.sampler import few_of_each, stratified_split  # noqa: E402
-from data.store import ChipStore, open_store  # noqa: E402
-from utils.predict.clusters import HOW, cluster_chips, vote  # noqa: E402
-from utils.predict.ood import cluster_mean, confidence, log_densities  # noqa: E402
-from utils.predict.tta import IDENTITY, predict, tta_views  # noqa: E402
-from utils.report.metrics import scores  # noqa: E402
-from utils.run.checkpoint import build_model, load_checkpoint  # noqa: E402
-from utils.run.settings import read_settings, run  # noqa: E402
+import results
+import sar_feature
+from data.demo import ensure_demo
+from data.layouts import find_pairs, find_test, read_chips
+from data.store import ChipStore, open_store
+from utils.predict.clusters import choose_clustering
+from utils.predict.members import load_members
+from utils.predict.ood import DEFAULT, NO_FIT, SCORES, log_densities
+from utils.predict.pipeline import PipelineSettings, run_pipeline
+from utils.predict.tta import IDENTITY, tta_views
+from utils.predict.vote import HOW
+from utils.report.metrics import scores
+from utils.run.settings import read_settings
+from utils.run.start import run as run_script
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from sklearn.neighbors import NearestNeighbors  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
 DATA_ROOT = "datasets/demo"  # folder of the data set
 TEST_DIR = ""  # labelled chips to predict; empty: the data set's test folder
 BACKBONE = "test_resnet"  # of all networks
 EPOCHS = 0  # of the EO and of each SAR network; 0 = the scripts' defaults
-SEEDS = (0, 1, 2)  # one run of everything for each
+SEEDS = (0, 1, 2)  # all networks are trained once for each
 JOBS = 2  # seeds that run at the same time, each on its share of the cores
-OUT_DIR = "runs/ablation"  # one folder a seed, and the tables
-ROWS = ()  # first words of the groups that are asked for; empty: all
+OUT_DIR = "runs/ablation"  # one folder for each seed, and the tables
+ROWS = ()  # first words of the groups to measure; empty: all
 
-COLUMNS = ("accuracy", "mean per-class accuracy", "AUROC", "total")
-NEIGHBOURS = 10  # of the score by nearest neighbours
-TURNED, ALL = (tta_views(results.ROTATIONS, scales) for scales in ((1.0,), results.SCALES))
+# What follows cannot be set, so the names are in lower case.
+root = Path(__file__).resolve().parents[1]
+columns = ("accuracy", "mean per-class accuracy", "AUROC", "total")
+turns = (0, 90, 180, 270)  # degrees
+
+# What results.py does by default; the same with the energy of each chip's logits; and that without the vote.
+complete = PipelineSettings(
+    DEFAULT, results.OOD_TEMPERATURE, results.CLUSTER_BY, results.CLUSTERS, results.SEQUENCE_GAP,
+    results.VOTE, results.VOTE_MIN_SHARE, results.CLUSTER_SCORE,
+)  # fmt: skip
+with_vote = replace(complete, ood_score=NO_FIT, cluster_score="none")
+no_vote = replace(with_vote, cluster_by="none")
 
 # Folder of a network, script, and how it differs from the scripts' defaults.
 PLAIN, SCRATCH, TEACHER, STUDENT, HEAD = "plain", "scratch", "teacher", "student", "head"
-NETWORKS = {
+networks = {
     PLAIN: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1"),
     SCRATCH: ("pretrain.py", "SENSOR=SAR", "SPECKLE=0.1", f"BALANCE={sar_feature.BALANCE}"),
     TEACHER: ("pretrain.py",),
@@ -71,26 +81,27 @@ NETWORKS = {
     "light_kl": ("sar_feature.py", "KL_WEIGHT=0.3"),
     "soft_kl": ("sar_feature.py", "TEMPERATURE=4"),
     "head_as_they_are": ("finetune.py", "BALANCED=False"),
+    "head_one_view": ("finetune.py", "ALL_VIEWS=False"),
     "head_no_kl": ("finetune.py",),
 }
-# Which network a later stage starts from, where it is not the one of the defaults.
-SOURCES = {"head_no_kl": "no_kl"}
+# Networks that do not start from the default network of the stage before.
+sources = {"head_no_kl": "no_kl"}
 
 
 def main():
     read_settings(globals())
-    ensure_demo(DATA_ROOT)  # before the seeds start side by side
+    ensure_demo(DATA_ROOT)  # before the seeds start at the same time
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // JOBS))
     with ThreadPoolExecutor(JOBS) as pool:
-        found = list(pool.map(one_seed, SEEDS))
+        measured = list(pool.map(one_seed, SEEDS))
     text, picture = [f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}.\n"], []
     with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["group", "row", "seed", *COLUMNS])
-        for group, rows in found[0].items():
-            text += [f"| {group} | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+        writer.writerow(["group", "row", "seed", *columns])
+        for group, rows in measured[0].items():
+            text += [f"| {group} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
             for name in rows:
-                values = np.array([[one[group][name][c] for c in COLUMNS] for one in found], float)
+                values = np.array([[one[group][name][c] for c in columns] for one in measured], float)
                 writer.writerows([group, name, seed, *row] for seed, row in zip(SEEDS, values, strict=True))
                 mean, spread = values.mean(0), values.std(0, ddof=int(len(SEEDS) > 1))
                 cells = (f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
@@ -105,148 +116,154 @@ def main():
 def one_seed(seed):
     """{group: {row: {column: score}}} of one seed."""
     out = Path(OUT_DIR, f"seed{seed}")
-    done = out / "scores.json"
-    found = json.loads(done.read_text()) if done.exists() else {}
-    test = Test(out)
-    for group, measure in GROUPS.items():
-        if group not in found and (not ROWS or group.startswith(tuple(ROWS))):
-            found[group] = measure(out, seed, test)
+    finished = out / "scores.json"
+    measured = json.loads(finished.read_text()) if finished.exists() else {}
+    experiment = Experiment(out, seed)
+    for group, measure in groups.items():
+        if group not in measured and (not ROWS or group.startswith(tuple(ROWS))):
+            measured[group] = measure(experiment)
             out.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(found, indent=1))
-    return found
+            finished.write_text(json.dumps(measured, indent=1))
+    return measured
 
 
-# The groups: each gives {row: {column: score}}.
+class Experiment:
+    """The networks of one seed and the labelled test chips.
+
+    Args:
+        out: folder of the networks.
+        seed: of their training.
+    """
+
+    def __init__(self, out, seed):
+        folder, pairs = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT), find_pairs(DATA_ROOT)
+        self.out, self.seed, self.outputs = out, seed, {}
+        self.paths, self.truth = read_chips(folder, pairs.classes, pairs.class_ids)
+        self.names = [path.name for path in self.paths]
+
+    def output(self, network, views=None):
+        """`Output` of a network for the test chips; views: None = those of its checkpoint."""
+        if (network, views) not in self.outputs:
+            (member,) = load_members(trained(self.out, self.seed, network), torch.device("cpu"))
+            chips = open_store(self.paths, Path(OUT_DIR, "chips"), False, *member.reading)
+            stores = {member.reading: ChipStore(chips, torch.device("cpu"))}
+            self.outputs[network, views] = member.output(stores, views=views)
+        return self.outputs[network, views]
+
+    def score(self, output, settings=complete):
+        """{column: score} of `run_pipeline`."""
+        cluster_by = choose_clustering(settings.cluster_by, self.names, settings.sequence_gap)
+        result = run_pipeline([output], self.names, replace(settings, cluster_by=cluster_by))
+        values = scores(result.labels, result.confidence, self.truth.labels, self.truth.ood)
+        return {column: values[column] for column in columns}
+
+    def one_view(self, network):
+        """The scores of a network that predicts each chip from one view, without a vote."""
+        return self.score(self.output(network, IDENTITY), no_vote)
 
 
-def step_by_step(out, seed, test):
-    rows = {
-        "plain SAR baseline": test.one_view(trained(out, seed, PLAIN)),
-        "+ focal loss, weighted sampling, scales": test.one_view(trained(out, seed, SCRATCH)),
-        "+ distillation from EO": test.one_view(trained(out, seed, STUDENT)),
-    }
-    head = test.seen(trained(out, seed, HEAD))
-    rows["+ class-balanced head"] = test.one_view(head.path)
-    rows["+ test-time augmentation"] = test.score(head.labels, head.energy)
-    labels = vote(head.logits, head.cluster("both"), results.VOTE)
-    rows["+ cluster vote"] = test.score(labels, head.energy)
-    rows["+ energy on Gaussian features"] = test.score(labels, head.density(head.features))
-    rows["+ of the cluster (all of results.py)"] = whole(head)
-    return rows
+# The groups. Each takes an Experiment and returns {row: {column: score}}.
 
 
-def one_step_less(out, seed, test):
-    """The whole pipeline, and without one of its steps."""
-    path = trained(out, seed, HEAD)
-    head, student = test.seen(path), test.seen(trained(out, seed, STUDENT))
+def step_by_step(experiment):
+    head = experiment.output(HEAD)
     return {
-        "all of it": whole(head),
-        "without KL": whole(test.seen(trained(out, seed, "head_no_kl"))),
-        # Its Gaussians are those of the trained head's checkpoint: the features are the same.
-        "without the head's training": whole(head, logits=student.logits),
-        "without views": whole(test.seen(path, IDENTITY)),
-        "without the vote": whole(head, by="none"),
-        "without numbers in the file names": whole(head, by="features"),
-        "without Gaussian features": whole(head, density=False),
+        "plain SAR baseline": experiment.one_view(PLAIN),
+        "+ focal loss, weighted sampling, scales": experiment.one_view(SCRATCH),
+        "+ distillation from EO": experiment.one_view(STUDENT),
+        "+ class-balanced head": experiment.one_view(HEAD),
+        "+ test-time augmentation": experiment.score(head, no_vote),
+        "+ cluster vote": experiment.score(head, with_vote),
+        "+ energy on Gaussian features": experiment.score(head, replace(complete, cluster_score="none")),
+        "+ of the cluster (all of results.py)": experiment.score(head),
     }
 
 
-def whole(seen, by="both", logits=None, density=True):
-    """Scores of all that results.py does."""
-    clusters = seen.cluster(by)
-    together = cluster_mean(seen.features, clusters)
-    score = seen.density(together) if density else energy(seen.head(together))
-    labels = vote(seen.logits if logits is None else logits, clusters, results.VOTE)
-    return seen.test.score(labels, score)
-
-
-def in_one_view(names):
-    """Measure of a group whose rows are networks, {row: network}, each of which sees a chip once."""
-    return lambda out, seed, test: {
-        name: test.one_view(trained(out, seed, network)) for name, network in names.items()
+def one_step_less(experiment):
+    """The complete pipeline, and the pipeline without one of its steps."""
+    head, score = experiment.output(HEAD), experiment.score
+    return {
+        "complete": score(head),
+        "without KL": score(experiment.output("head_no_kl")),
+        # The features are the same, so the OOD scores are those of the trained head's checkpoint.
+        "without the head's training": score(experiment.output(STUDENT)._replace(ood=head.ood)),
+        "without views": score(experiment.output("head_one_view")),
+        # Not matched: the head and the OOD scores know all views, but see one.
+        "all-views head on one view": score(experiment.output(HEAD, IDENTITY)),
+        "without the vote": score(head, replace(complete, cluster_by="none")),
+        "without numbers in the file names": score(head, replace(complete, cluster_by="features")),
+        "without Gaussian features": score(head, replace(complete, ood_score=NO_FIT)),
     }
 
 
-def heads(out, seed, test):
-    names = {
+def in_one_view(rows):
+    """A group whose rows are networks, {row: network}, each of which sees one view of a chip."""
+    return lambda experiment: {name: experiment.one_view(network) for name, network in rows.items()}
+
+
+def heads(experiment):
+    rows = in_one_view({
         "the student's": STUDENT, "trained, classes equally often": HEAD,
         "trained, chips as they are": "head_as_they_are",
-    }  # fmt: skip
-    rows = {name: test.one_view(trained(out, seed, network)) for name, network in names.items()}
-    # Without training: the student's head against the long tail, and the Gaussians' classes.
-    student, head = (test.seen(trained(out, seed, name), IDENTITY) for name in (STUDENT, HEAD))
-    gaussians = head.source["gaussians"]
-    adjusted = student.logits - 0.5 * gaussians["log_prior"].numpy()
-    rows["logit adjustment, tau = 0.5"] = test.score(adjusted.argmax(1), energy(adjusted))
-    weight = np.linalg.norm(student.model.head.weight.detach().numpy(), axis=1)
-    normalised = (student.logits - student.model.head.bias.detach().numpy()) / np.sqrt(weight)
-    rows["tau-normalisation, tau = 0.5"] = test.score(normalised.argmax(1), energy(normalised))
-    densities = log_densities(torch.from_numpy(head.features), gaussians).numpy()
-    rows["Gaussian of each class"] = test.score(densities.argmax(1), energy(densities))
-    return rows
+    })(experiment)  # fmt: skip
+    # Without training: the student's head corrected for the long tail, and the Gaussians of the classes.
+    student, fitted = experiment.output(STUDENT, IDENTITY), experiment.output(HEAD).ood[DEFAULT]
+    weight, bias = student.head.weight.detach(), student.head.bias.detach()
+    logits = {
+        "logit adjustment, tau = 0.5": student.logits - 0.5 * fitted["log_prior"],
+        "tau-normalisation, tau = 0.5": (student.logits - bias) / weight.norm(dim=1).sqrt(),
+        "Gaussian of each class": log_densities(student.features, without_background(fitted)),
+    }
+    return rows | {
+        name: experiment.score(student._replace(logits=values), no_vote) for name, values in logits.items()
+    }
 
 
-def views(out, seed, test):
+def views(experiment):
+    """A head that was trained on all views, tested on some of them."""
+    scales = sar_feature.TRAIN_SCALES
     kinds = {
         "one": IDENTITY,
         "flip": tta_views((0,), (1.0,)),
-        "flip, rotations": TURNED,
-        "scales": tuple((0, scale) for scale in results.SCALES),
-        "flip, rotations, scales": ALL,
+        "flip, rotations": tta_views(turns, (1.0,)),
+        "scales": tuple((0, scale) for scale in scales),
+        "flip, rotations, scales": tta_views(turns, scales),
     }
-    head = trained(out, seed, HEAD)
-    rows = {}
-    for name, chosen in kinds.items():
-        seen = test.seen(head, chosen)
-        rows[name] = test.score(seen.labels, seen.energy)
-    return rows
+    return {name: experiment.score(experiment.output(HEAD, kind), no_vote) for name, kind in kinds.items()}
 
 
-def votes(out, seed, test):
-    head = test.seen(trained(out, seed, HEAD))
-    count = len(head.labels)
-    rows = {"none": test.score(head.labels, head.energy)}
-
-    def add(name, clusters, how=results.VOTE):
-        rows[name] = test.score(vote(head.logits, clusters, how), head.energy)
-
+def votes(experiment):
+    settings = {"none": no_vote}
     for share in (20, 10, 5, 3):
-        add(f"features, a cluster for {share} chips", head.cluster("features", max(1, count // share)))
-    add("sequence", head.cluster("sequence"))
-    for how in HOW:
-        add(f"both, {how}", head.cluster("both"), how)
-    return rows
+        clusters = max(1, len(experiment.names) // share)
+        name = f"features, a cluster for {share} chips"
+        settings[name] = replace(with_vote, cluster_by="features", clusters=clusters)
+    settings["sequence"] = replace(with_vote, cluster_by="sequence")
+    settings |= {f"both, {how}": replace(with_vote, cluster_by="both", vote=how) for how in HOW}
+    head = experiment.output(HEAD)
+    return {name: experiment.score(head, chosen) for name, chosen in settings.items()}
 
 
-def confidences(out, seed, test):
-    """Each score of a chip alone, as the mean of its cluster, and of the cluster's mean features."""
-    head = test.seen(trained(out, seed, HEAD))
-    known = head.training_features()
-    near = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(known))).fit(unit(known))
-    gaussians = {name: value.numpy() for name, value in head.source["gaussians"].items()}
-    white = np.linalg.cholesky(gaussians["precision"])
-    centres = NearestNeighbors(n_neighbors=1).fit(gaussians["mean"] @ white)
-    kinds = {
-        "energy of the logits": lambda x: energy(head.head(x)),
-        "maximum softmax": lambda x: torch.from_numpy(head.head(x)).softmax(1).amax(1).numpy(),
-        "maximum logit": lambda x: head.head(x).max(1),
-        "nearest neighbours": lambda x: -near.kneighbors(unit(x))[0].mean(1),
-        "Mahalanobis": lambda x: -centres.kneighbors(x @ white)[0][:, 0],
-        "energy on Gaussian features, BACKGROUND=0": lambda x: head.density(x, 0.0),
-        "energy on Gaussian features": head.density,
+def confidences(experiment):
+    """Each OOD score of a chip, its mean over the chip's cluster, and that of the cluster's mean features."""
+    head = experiment.output(HEAD)
+    kinds = {name: (name, head) for name in SCORES}
+    without = {DEFAULT: without_background(head.ood[DEFAULT])}
+    kinds[f"{DEFAULT}, BACKGROUND=0"] = DEFAULT, head._replace(ood=without)
+    forms = {"": "none", ", cluster mean": "mean", ", mean features": "features"}
+    return {
+        name + form: experiment.score(output, replace(complete, ood_score=score, cluster_score=cluster_score))
+        for name, (score, output) in kinds.items()
+        for form, cluster_score in forms.items()
     }
-    clusters = head.cluster("both")
-    labels, together = vote(head.logits, clusters, results.VOTE), cluster_mean(head.features, clusters)
-    rows = {}
-    for name, score in kinds.items():
-        own = score(head.features)
-        rows[name] = test.score(labels, own)
-        rows[f"{name}, cluster mean"] = test.score(labels, cluster_mean(own, clusters))
-        rows[f"{name}, mean features"] = test.score(labels, score(together))
-    return rows
 
 
-GROUPS = {
+def without_background(fitted):
+    """The fit of an OOD score, as of finetune.py BACKGROUND=0."""
+    return fitted | {"background": torch.tensor(0.0)}
+
+
+groups = {
     "step by step": step_by_step,
     "one step less": one_step_less,
     "loss and sampling (one view)": in_one_view({
@@ -268,116 +285,46 @@ GROUPS = {
 }  # fmt: skip
 
 
-class Test:
-    """The labelled chips, and how networks see them."""
-
-    def __init__(self, out):
-        folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT)
-        self.paths, self.out, self.kept = find_chips(folder), out, {}
-        self.names = [path.name for path in self.paths]
-        self.reference = find_reference(folder)
-        self.chips = open_store(self.paths, Path(OUT_DIR, "chips"))
-
-    def seen(self, path, views=ALL):
-        if (path, views) not in self.kept:
-            self.kept[path, views] = Seen(path, views, self)
-        return self.kept[path, views]
-
-    def one_view(self, path):
-        seen = self.seen(path, IDENTITY)
-        return self.score(seen.labels, seen.energy)
-
-    def score(self, labels, score):
-        truth = read_labelled(self.paths, self.reference, self.classes)
-        found = scores(labels, score, truth.labels, truth.ood)
-        return {column: found[column] for column in COLUMNS}
-
-
-class Seen:
-    """What a network says of the test chips: logits, features, and what follows from them."""
-
-    def __init__(self, path, views, test):
-        self.path, self.test = path, test
-        self.source = load_checkpoint(path, "finetune.py")
-        test.classes = self.source["classes"]
-        self.model, self.size = build_model(self.source), self.source["image_size"]
-        self.model.to(memory_format=torch.channels_last)
-        found = predict(
-            self.model, ChipStore(test.chips, torch.device("cpu")), self.size, self.source["grey"], views
-        )
-        self.logits, self.features = (x.numpy() for x in found)
-        self.labels, self.energy = self.logits.argmax(1), energy(self.logits)
-
-    def head(self, features):
-        return features @ self.model.head.weight.detach().numpy().T + self.model.head.bias.detach().numpy()
-
-    def density(self, features, background=None):
-        background = results.BACKGROUND if background is None else background
-        found = log_densities(torch.from_numpy(features), self.source["gaussians"], background)
-        return confidence(found).numpy()
-
-    def cluster(self, by, count=0):
-        return cluster_chips(self.features, self.test.names, by, count)
-
-    def training_features(self):
-        """Features [M, D] over the eight flips and rotations of some training chips."""
-        pairs = find_pairs(DATA_ROOT, self.source["classes"])
-        train, _ = stratified_split(pairs.labels, self.source["val_fraction"])
-        train = train[few_of_each(pairs.labels[train], 300)]
-        chips = open_store(pairs.sar, Path(OUT_DIR, "chips"))
-        store = ChipStore(chips, torch.device("cpu")).subset(train)
-        _, features = predict(self.model, store, self.size, self.source["grey"], TURNED)
-        return features.numpy()
-
-
-def energy(logits):
-    return confidence(torch.from_numpy(logits)).numpy()
-
-
-def unit(features):
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
 def trained(out, seed, name):
-    """best.pt of a network, which is trained first where it is not there, in a process of its own."""
-    script, *settings = NETWORKS[name]
+    """best.pt of a network; if it is not there, a process of its own trains it first."""
+    script, *settings = networks[name]
     settings += [f"SEED={seed}", f"OUT_DIR={out / name}", f"STORE_DIR={Path(OUT_DIR, 'chips')}"]
     epochs = [f"EPOCHS={EPOCHS}"] if EPOCHS else []
     if script == "pretrain.py":
-        # A SAR network of its own takes as many optimizer steps as a distilled one.
+        # A SAR network without a teacher takes as many optimizer steps as a distilled one.
         sar = "SENSOR=SAR" in settings and not EPOCHS
         epochs = [f"EPOCHS={sar_feature.EPOCHS}"] if sar else epochs
         settings += [f"DATA_ROOT={DATA_ROOT}", f"BACKBONE={BACKBONE}", *epochs]
     elif script == "sar_feature.py":
         settings += [f"TEACHER={trained(out, seed, TEACHER)}", *epochs]
     else:
-        settings += [f"STUDENT={trained(out, seed, SOURCES.get(name, STUDENT))}"]
+        settings += [f"STUDENT={trained(out, seed, sources.get(name, STUDENT))}"]
     if not (out / name / "curves.png").exists():
         threads = str(max(1, (os.cpu_count() or 1) // JOBS))
-        found = subprocess.run(
-            [sys.executable, str(ROOT / script), *settings],
+        process = subprocess.run(
+            [sys.executable, str(root / script), *settings],
             env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True,
         )  # fmt: skip
-        if found.returncode:
-            raise SystemExit(f"{script} {' '.join(settings)} failed:\n{found.stderr}")
-        print(f"done: {script} {' '.join(settings)}", flush=True)
+        if process.returncode:
+            raise SystemExit(f"{script} {' '.join(settings)} failed:\n{process.stderr}")
+        print(f"trained: {script} {' '.join(settings)}", flush=True)
     return out / name / "best.pt"
 
 
 def draw(rows):
-    """Mean and spread of every row, a panel for accuracy, AUROC and total each."""
-    shown = [COLUMNS.index(name) for name in ("mean per-class accuracy", "AUROC", "total")]
+    """Draw ablation.png: mean and standard deviation of every row, in a panel for each of three scores."""
+    shown = [columns.index(name) for name in ("mean per-class accuracy", "AUROC", "total")]
     figure, axes = plt.subplots(
         1, len(shown), sharey=True, figsize=(12, 1 + 0.24 * len(rows)), layout="constrained"
     )
     groups = list(dict.fromkeys(group for group, *_ in rows))
     colours = [f"C{groups.index(group)}" for group, *_ in rows]
     for axis, column in zip(axes, shown, strict=True):
-        for place, (_, _, mean, spread) in enumerate(rows):
+        for position, (_, _, mean, spread) in enumerate(rows):
             axis.errorbar(
-                mean[column], place, xerr=spread[column], fmt="o", color=colours[place], capsize=2, ms=4
+                mean[column], position, xerr=spread[column], fmt="o", color=colours[position], capsize=2, ms=4
             )
-        axis.set_title(COLUMNS[column])
+        axis.set_title(columns[column])
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
     for label, colour in zip(axes[0].get_yticklabels(), colours, strict=True):
@@ -387,4 +334,4 @@ def draw(rows):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,6 +1,6 @@
 """Show the demo set: a sheet of chips, and how its SAR grey levels compare with real ones.
 
-    python benchmarks/contact_sheet.py [ROOT] [OUT.png]
+python benchmarks/contact_sheet.py [ROOT] [OUT.png]
 
 A row per class with pairs (EO left, SAR right), then rows of out-of-distribution SAR chips from the
 test scenes. The printed figures cover the SAR chips of the training and test folders.
@@ -10,19 +10,19 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.demo import DEMO_ROOT, ensure_demo
+from data.demo.simulator import SAR_PIXELS
+from data.layouts import OFFICIAL_CLASSES
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data.demo.simulator import SAR_PIXELS
-from data.demo.writer import DEMO_ROOT, ensure_demo
-from data.layouts import OFFICIAL_CLASSES
-
-PAIRS = 4  # per class
+PAIRS = 4  # for each class
 OOD_ROWS = 2
-GAP = 3  # pixels between chips
-LABEL = 140  # pixels, the column of names
+GAP = 3  # between chips, px
+LABEL = 140  # width of the column of names, px
 # Published for the real set, and measured on 49 real chips; the axes are x, y.
 MEAN, STD = "0.406 .. 0.418", "0.125 .. 0.128"
 PERCENTILES = {1: 37, 5: 54, 25: 83, 50: 104, 75: 126, 95: 170, 99: 211}
@@ -37,7 +37,7 @@ def read_tile(path):
 
 
 def rows_of_paths(root):
-    """(label, 2 * PAIRS paths) for each row of the sheet."""
+    """Yield (label, 2 * PAIRS paths) for each row of the sheet."""
     for name in OFFICIAL_CLASSES:
         eo = sorted((root / "train/EO_Train" / name).glob("*.png"))[:PAIRS]
         sar = sorted((root / "train/SAR_Train" / name).glob("*.png"))[:PAIRS]
@@ -87,7 +87,7 @@ def print_statistics(root):
         print(f"{f'autocorrelation {lag} px, x y':<26}{ours:>12}{f'{real_x:.2f} {real_y:.2f}':>16}")
 
 
-def main(root=DEMO_ROOT, out="contact_sheet.png"):
+def main(root=DEMO_ROOT, out="docs/figures/demo.png"):
     ensure_demo(root)
     draw_sheet(Path(root)).save(out, optimize=True)
     print(f"{out}: {Path(out).stat().st_size / 1000:.0f} kB")

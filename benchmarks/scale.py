@@ -1,13 +1,14 @@
-"""What the size of the challenge costs: 455,636 pairs, with memory, opening time and time a batch.
+"""The cost of the challenge's size, 455,636 pairs: memory, time to open the stores, time of a batch.
 
 python benchmarks/scale.py [PAIRS=455636] [FOLDER=]
 
-Its chips are noise in the challenge's counts, written straight into the store beside empty files of
-the right names; 20,000 further pairs are real PNGs, which are decoded. Exits with 1 where a limit is
-passed.
+The chips are noise in the challenge's counts. They are written directly into the store; their image
+files have the right names, but are empty. 20,000 further pairs are real PNGs, which are decoded.
+Exits with 1 if a limit is exceeded.
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -20,25 +21,25 @@ import time
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.batches import Feed  # noqa: E402
-from data.layouts import OFFICIAL_CLASSES, find_pairs  # noqa: E402
-from data.sampler import BalancedStream, WeightedStream  # noqa: E402
-from data.store import ChipStore, fingerprint, open_store  # noqa: E402
-from models.backbone import Classifier  # noqa: E402
-from utils.predict.clusters import cluster_chips, vote  # noqa: E402
-from utils.run.settings import read_settings, run  # noqa: E402
+from data.layouts import OFFICIAL_CLASSES, find_pairs
+from data.sampler import BalancedStream, WeightedStream
+from data.store import ChipStore, fingerprint, open_store
+from models.backbone import Classifier
+from utils.predict.clusters import cluster_chips
+from utils.predict.vote import vote
+from utils.run.settings import read_settings
+from utils.run.start import run as run_script
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
 PAIRS = 455_636  # of the large data set; fewer for a quick look
 IMAGES = 20_000  # pairs that are written as PNGs and decoded
-FOLDER = ""  # where it is made, 4 GB; empty: a temporary folder, deleted afterwards
-SMALL = 5_000  # chips of the store that the large one is held against
+FOLDER = ""  # where the data sets are written, 4 GB; empty: a temporary folder, deleted afterwards
+SMALL = 5_000  # chips of the small store that the large one is compared with
 STEPS = 400  # of the training run
 CHIPS = 50_000_000  # of the samplers
 TEST_CHIPS = 100_000  # of the clustering
@@ -51,25 +52,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(FOLDER or folder)
         print("\n| what | measured | at most |\n|---|---|---|", flush=True)
-        short = []
+        exceeded = []
         for name, unit, most, measure in table:
-            found = in_a_process(measure)
-            print(f"| {name} | {found:.3g} {unit} | {f'{most:g} {unit}' if most else ''} |", flush=True)
-            short += [name] if most and found > most else []
-    if short:
-        raise SystemExit(f"too much: {', '.join(short)}")
+            value = in_a_process(measure)
+            print(f"| {name} | {value:.3g} {unit} | {f'{most:g} {unit}' if most else ''} |", flush=True)
+            exceeded += [name] if most and value > most else []
+    if exceeded:
+        raise SystemExit(f"above the limit: {', '.join(exceeded)}")
 
 
 def in_a_process(measure):
-    """measure() in a process of its own, whose peak of memory is its own."""
+    """measure() in a process of its own, so that its peak of memory is its own."""
     context = multiprocessing.get_context("fork")
-    answer = context.SimpleQueue()
-    process = context.Process(target=lambda: answer.put(measure()))
+    result = context.SimpleQueue()
+    process = context.Process(target=lambda: result.put(measure()))
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"{measure.__name__} failed")
-    return answer.get()
+    return result.get()
 
 
 def make():
@@ -79,12 +80,12 @@ def make():
         return 0.0  # by an earlier run in the same FOLDER
     write("large", [round(count * PAIRS / sum(COUNTS)) for count in COUNTS], None)
     pairs = find_pairs("large")
-    for paths, side in ((pairs.eo, 32), (pairs.sar, 56)):
-        Path("chips").mkdir(exist_ok=True)
-        place, state = fingerprint(paths)
-        array = np.lib.format.open_memmap(
-            f"chips/{place}-{state}.npy", mode="w+", dtype=np.uint8, shape=(len(paths), side, side)
-        )
+    Path("chips").mkdir(exist_ok=True)
+    for paths, side in zip((pairs.eo, pairs.sar), SIDES.values(), strict=True):
+        store = Path("chips", f"{'-'.join(fingerprint(paths))}-{side}.npy")
+        store.with_suffix(".json").write_text(json.dumps({"unreadable": {}, "digest": store.stem}))
+        shape = (len(paths), side, side)
+        array = np.lib.format.open_memmap(store, mode="w+", dtype=np.uint8, shape=shape)
         for start in range(0, len(array), 4096):
             block = array[start : start + 4096]
             block[:] = np.random.default_rng(start).integers(60, 200, block.shape, dtype=np.uint8)
@@ -93,18 +94,21 @@ def make():
 
 
 def write(root, counts, random):
-    """Files of a data set, empty ones or PNGs of noise."""
+    """Write the files of a data set.
+
+    random: generator of PNGs of noise; None = empty files, except the first, which gives the side of all.
+    """
     for sensor, side in SIDES.items():
         numbers = itertools.count()
         for name, count in zip(OFFICIAL_CLASSES, counts, strict=True):
             folder = Path(root, "train", sensor, name)
             folder.mkdir(parents=True)
             for number in itertools.islice(numbers, max(count, 2)):
-                path = f"{folder}/{number:06d}.png"
-                if random is None:
+                path, chip = f"{folder}/{number:06d}.png", np.zeros((side, side), np.uint8)
+                if random is None and number:
                     os.close(os.open(path, os.O_CREAT))
                 else:
-                    chip = random.integers(60, 200, (side, side), dtype=np.uint8)
+                    chip = random.integers(60, 200, chip.shape, np.uint8) if random else chip
                     Image.fromarray(chip).save(path)
 
 
@@ -152,32 +156,35 @@ def memory_of(memory_gb):
 
 
 def batch_against_small():
-    """Time a batch from the large store on disk, over that from a small one in memory."""
+    """Time to gather a batch from the large store on disk, divided by that from a small one in memory."""
     pairs = find_pairs("large")
     chips = open_store(pairs.sar, "chips")
     device = torch.device("cpu")
     few = np.linspace(0, len(chips) - 1, SMALL).astype(int)
-    feeds = []
-    for labels, store in (
-        (pairs.labels, ChipStore(chips, device, "disk")),
-        (pairs.labels[few], ChipStore(chips[few], device)),
-    ):
+
+    def gather_from(store, labels):
         stream = WeightedStream(labels, 64, 0.5, 0)
-        feeds.append(Feed(stream, np.arange(len(store)), labels, device, store))
-    return statistics.median(
-        seconds(feeds[0], 200, start) / seconds(feeds[1], 200, start) for start in range(1000, 4000, 200)
-    )
+        return lambda step: store[stream.batch(step)[0]]
+
+    large = gather_from(ChipStore(chips, device, "disk"), pairs.labels)
+    small = gather_from(ChipStore(chips[few], device), pairs.labels[few])
+    return median_ratio(large, small, range(1000, 4000, 200), 200)
 
 
-def seconds(feed, steps, start):
+def median_ratio(large, small, starts, steps):
+    """Median over the starts of the seconds of so many calls large(step), divided by those of small(step)."""
+    return statistics.median(seconds(large, steps, start) / seconds(small, steps, start) for start in starts)
+
+
+def seconds(work, steps, start):
     started = time.perf_counter()
     for step in range(start, start + steps):
-        feed(step)
+        work(step)
     return time.perf_counter() - started
 
 
 def sampler_memory():
-    """Bytes a chip that both samplers need for 50 million."""
+    """Bytes per chip that a sampler needs for 50 million chips, mean of both samplers."""
     labels = np.random.default_rng(0).integers(0, 10, CHIPS, dtype=np.int8)
     before = peak()
     streams = WeightedStream(labels, 64, 0.5, 0), BalancedStream(labels, 64, 0)
@@ -187,17 +194,12 @@ def sampler_memory():
 
 
 def sampler_time():
-    """Time a batch from 50 million chips over that from 50 thousand, of the slower sampler."""
+    """Time of a batch from 50 million chips divided by that from 50 thousand, of the slower sampler."""
     labels = np.random.default_rng(0).integers(0, 10, CHIPS, dtype=np.int8)
     ratios = []
     for make_stream in (lambda x: WeightedStream(x, 64, 0.5, 0), lambda x: BalancedStream(x, 64, 0)):
         large, small = make_stream(labels), make_stream(labels[:50_000])
-        ratios.append(
-            statistics.median(
-                seconds(large.batch, 400, start) / seconds(small.batch, 400, start)
-                for start in range(0, 8000, 400)
-            )
-        )
+        ratios.append(median_ratio(large.batch, small.batch, range(0, 8000, 400), 400))
     return max(ratios)
 
 
@@ -223,12 +225,11 @@ def cluster_memory():
 
 
 def trained(script, *settings, steps):
-    """Run a script with so many steps of its loop, without validation and files."""
-    from utils.train.loop import fit
+    """Run a script with so many training steps, without validation and files."""
 
-    def few_steps(model, loss_of, validate, **options):
-        found = {"accuracy": 0.0, "mean per-class accuracy": 0.0}
-        fit(model, loss_of, lambda model: found, **options | {"epochs": 1, "steps": steps})
+    def few_steps(learner, batches, *_):
+        for batch in batches.between(0, steps):
+            learner.step(batch)
 
     settings = ["DATA_ROOT=large", "STORE_DIR=chips", "OUT_DIR=out", *settings]
     with (
@@ -236,28 +237,28 @@ def trained(script, *settings, steps):
         mock.patch.object(sys, "argv", [script, *settings]),
         mock.patch("builtins.print"),
     ):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        runpy.run_path(str(Path(__file__).resolve().parents[1] / script), run_name="__main__")
 
 
 def peak():
-    """Most memory that the process has held, GiB."""
+    """Highest memory use of the process so far, GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 table = (
-    ("make it, once", "s", None, make),
+    ("write both data sets, once", "s", None, make),
     ("decode PNGs into the store", "chips/s", None, decode),
     ("find the files of all pairs", "s", None, find),
     ("open both built stores", "s", 5, opened),
     ("pretrain.py up to its first batch", "s", None, first_batch),
     (f"memory of {STEPS} steps beyond the model, chips on disk", "GiB", 1.5, memory_of(1e-6)),
     (f"memory of {STEPS} steps beyond the model, chips in memory", "GiB", None, memory_of(0)),
-    ("time a batch from disk over one from 5,000 chips in memory", "", None, batch_against_small),
-    ("samplers over 50 million chips", "bytes a chip", 8, sampler_memory),
-    ("time a batch from 50 million chips over 50 thousand", "", 1.25, sampler_time),
+    ("time of a batch from disk over one from 5,000 chips in memory", "", None, batch_against_small),
+    ("samplers over 50 million chips", "bytes per chip", 8, sampler_memory),
+    ("time of a batch from 50 million chips over 50 thousand", "", 1.25, sampler_time),
     ("cluster 100,000 chips of 512 features and vote", "s", 60, cluster_time),
-    ("memory of the same", "GiB", 2, cluster_memory),
+    ("memory of the clustering and the vote", "GiB", 2, cluster_memory),
 )
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

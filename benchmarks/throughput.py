@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.augment import Augmentation, to_input
 from data.batches import Batches
-from data.decode import CHUNK, common_side
+from data.decode import CHUNK, survey
 from data.demo import write_demo
 from data.layouts import find_pairs
 from data.sampler import WeightedStream
@@ -286,9 +286,10 @@ def write_checkpoint(root, backbone, size, stage="pretrain", sensor="EO"):
     """Write untrained.pt: a checkpoint of an untrained network, which is as fast as a trained one."""
     pairs = find_pairs(root)
     model = Classifier(backbone, len(pairs.classes), size)
+    side, grey_range = survey(pairs.eo if sensor == "EO" else pairs.sar)
     save_checkpoint("untrained.pt", {
         "stage": stage, "sensor": sensor, "settings": {}, "backbone": backbone, "image_size": size,
-        "chip_side": common_side(pairs.eo if sensor == "EO" else pairs.sar),
+        "chip_side": side, "grey_range": grey_range,
         "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts, "grey": GREY,
         "scales": (1.0,), "views": ((0, 1.0),), "ood": {}, "data_root": root, "val_fraction": 0.1,
         "model": model.state_dict(),

@@ -6,11 +6,13 @@ It does not import torch, so that a worker process starts quickly.
 import contextlib
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import struct
 import sys
 import threading
+import tokenize
 import types
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import NamedTuple
@@ -26,10 +28,18 @@ CHUNK = 512  # chips that a worker decodes at a time
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # tried by content, not by name; none executes code
 READ_AT_ONCE = 2**16  # bytes; a smaller file is read with one system call, which saves an eighth of the time
 MAX_PIXELS = 2**24  # an image with more pixels is a whole scene and needs too much memory
+NUMPY = b"\x93NUMPY"  # the first bytes of a .npy file
+EIGHT_BITS, SIXTEEN_BITS = (0.0, 255.0), (0.0, 65535.0)  # black and white of files
+DEPTHS = (8, 10, 12, 14, 16)  # bits that integers in wider files have, each four times the range of the one before
+PERCENTILES = (0.1, 99.9)  # of the pixels, which become black and white
+SURVEYED = 250  # files of a data set whose headers are read, and ...
+SURVEYED_PIXELS = 10_000  # ... pixels of each, if it has more than 8 bits
+OUTSIDE = 0.9  # share of pixels above white, or below black, from which a file cannot belong to the others
+SAMPLE_FORMAT = 339  # TIFF tag
 ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # of Pillow's image.info
-# What Pillow raises for files that are not images; it depends on its version.
+# What Pillow and numpy raise for files that are not images; it depends on their versions.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
-UNREADABLE += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)
+UNREADABLE += (AttributeError, MemoryError, struct.error, tokenize.TokenError, Image.DecompressionBombError)
 
 
 class Decoded(NamedTuple):
@@ -37,46 +47,129 @@ class Decoded(NamedTuple):
 
     unreadable: {index: "file (what is wrong with it)"}; their chips are black.
     multipage: files with more than one page, of which the first is taken.
+    not_finite: {file: number of its pixels that are NaN or infinite}; these pixels are black.
     digest: hex string, equal for equal pixels in equal order, whatever the files are called.
     """
 
     unreadable: dict
     multipage: list
+    not_finite: dict
     digest: str
 
 
-def decode(path, side=None):
+class Survey(NamedTuple):
+    """What some hundred files, spread evenly over a data set, say of it.
+
+    side: the most common longest side, px; at most MAX_SIDE.
+    grey_range: (black, white) of `decode`, floats: (0, 255) if all of these files have 8 bits; of unsigned
+        integers (0, 2^b - 1) for the least b of DEPTHS that holds 99.9 % of the pixels; else two percentiles.
+    """
+
+    side: int
+    grey_range: tuple
+
+
+class _File(NamedTuple):
+    """A decoded file: levels uint8 [H, W], whether it has several pages, number of its pixels that are not finite."""
+
+    levels: np.ndarray
+    multipage: bool
+    not_finite: int
+
+
+def decode(path, side=None, grey_range=None):
     """One image file as grey levels, uint8 [H, W], or [side, side] where `side` is given.
 
-    8-bit grey levels stay as they are, 16-bit ones are divided by 257, colour and palette images become
-    luma (ITU-R 601, exact for grey), transparency is ignored. The EXIF orientation is obeyed.
-    A file of several pages gives its first page.
+    8-bit grey levels stay as they are. Those of 16 bits, signed or floating-point levels, and 2-D arrays in .npy
+    files become 255 (v - black) / (white - black), rounded and clipped; NaN and infinite pixels become black.
+    Colour and palette images become luma (ITU-R 601, exact for grey), transparency is ignored. The EXIF
+    orientation is obeyed. A file of several pages gives its first page.
+
+    Args:
+        path: image file.
+        side: px.
+        grey_range: (black, white) of files that have more than 8 bits; None = (0, 65535) for integers, while
+            floating-point levels are refused.
 
     Raises:
-        DataError: the file is not a readable image, or too large for a chip.
+        DataError: the file is not a readable image, too large for a chip, or nearly all above white or below black.
     """
-    return _decode(path, side)[0]
+    return _decode(path, side, grey_range).levels
 
 
-def _decode(path, side):
-    """The grey levels, and whether the file has more than one page."""
+def _decode(path, side, grey_range):
+    """The file as `_File`."""
+    values, multipage = _values(path)
+    try:
+        levels, not_finite = _to_levels(values, grey_range)
+        if side is not None and levels.shape != (side, side):
+            image = Image.fromarray(levels).resize((side, side), Image.Resampling.BILINEAR)
+            levels = np.frombuffer(image.tobytes(), np.uint8).reshape(side, side)
+        return _File(levels, multipage, not_finite)
+    except UNREADABLE as error:
+        raise DataError(reason(error)) from error
+
+
+def _values(path):
+    """The values in a file, [H, W], uint8 if they have 8 bits; and whether the file has more than one page."""
     try:
         with open(path, "rb", buffering=0) as file:
             start = file.read(READ_AT_ONCE)
         source = path if len(start) == READ_AT_ONCE else io.BytesIO(start)
+        if start.startswith(NUMPY):
+            return _array(source), False
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} px are no chip; cut it into chips")
-            multipage = image.format == "TIFF" and image.is_animated
-            image = _grey(_upright(image))
-            if side is not None and image.size != (side, side):
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            levels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width)
-            return levels, multipage
+            _check_size(image.height, image.width)
+            multipage, signed = image.format == "TIFF" and image.is_animated, _is_signed(image)
+            image = _upright(image)
+            if image.mode.startswith(("I", "F")):
+                return np.asarray(image), multipage
+            image = _grey(image)
+            levels = np.frombuffer(image.tobytes(), np.int8 if signed else np.uint8)
+            return levels.reshape(image.height, image.width), multipage
     except UnidentifiedImageError as error:
         raise DataError("cannot identify image file") from error
     except UNREADABLE as error:
         raise DataError(reason(error)) from error
+
+
+def _array(source):
+    """The array in a .npy file, [H, W]; no code in it is executed."""
+    if isinstance(source, io.BytesIO):
+        array = np.load(source, allow_pickle=False)
+    else:  # mapped, or a huge file would be read before its size is known
+        array = np.load(source, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
+        raise ValueError(f"it holds {array.dtype} {list(array.shape)}; a chip is an array [H, W] of real numbers")
+    _check_size(*array.shape)
+    return array.astype(np.uint8) * 255 if array.dtype == bool else np.ascontiguousarray(array)
+
+
+def _check_size(height, width):
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} px are no chip; cut it into chips")
+
+
+def _is_signed(image):
+    """Whether an image of 8 bits is a TIFF of signed integers, which Pillow gives as unsigned ones."""
+    return image.format == "TIFF" and image.mode == "L" and tuple(image.tag_v2.get(SAMPLE_FORMAT, ())) == (2,)
+
+
+def _to_levels(values, grey_range):
+    """Levels, uint8 [H, W], and the number of pixels that are not finite, of values [H, W]."""
+    if values.dtype == np.uint8:
+        return values, 0
+    if grey_range is None:
+        if values.dtype.kind == "f":
+            raise ValueError("floating-point levels have no fixed black and white; set GREY_RANGE")
+        grey_range = SIXTEEN_BITS
+    (black, white), values, finite = grey_range, values.astype(np.float64), np.isfinite(values)
+    low, high = values.min(initial=math.inf, where=finite), values.max(initial=-math.inf, where=finite)
+    outside = max((values[finite] > white).sum(), (values[finite] < black).sum())
+    if low < high and outside > OUTSIDE * values.size:  # a chip of one level is an empty one
+        raise ValueError(f"nearly all of its levels, {low:g} to {high:g}, are outside GREY_RANGE={black:g},{white:g}")
+    values = ((np.where(finite, values, black) - black) / (white - black)).clip(0, 1)
+    return np.rint(255 * values).astype(np.uint8), int((~finite).sum())
 
 
 def _upright(image):
@@ -92,29 +185,52 @@ def _grey(image):
     """The image in 8-bit grey levels."""
     if image.mode == "L":
         return image
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(np.rint(levels).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed grey scale; save them as 8 bit")
     if image.mode in ("P", "PA"):
         image = image.convert("RGB")  # the palette's colours; converted directly, their numbers would count
     return image.convert("L")
 
 
-def common_side(paths):
-    """The most common longest side, px, among some hundred files spread over all; at most MAX_SIDE."""
-    sides = []
-    for path in paths[:: max(1, len(paths) // 250)]:
+def survey(paths):
+    """The `Survey` of a data set of these files."""
+    sides, values = [], []
+    for path in paths[:: max(1, len(paths) // SURVEYED)]:
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                sides.append(max(image.size))
-        except UNREADABLE:
+            side, has_8_bits = _header(path)
+            sides.append(side)
+            if not has_8_bits:
+                values.append(_values(path)[0])
+        except (DataError, *UNREADABLE):
             continue  # `decode_all` reports it with all others
-    return min(int(np.bincount(sides).argmax()), MAX_SIDE) if sides else 1
+    side = min(int(np.bincount(sides).argmax()), MAX_SIDE) if sides else 1
+    return Survey(side, _choose_range(values) if values else EIGHT_BITS)
 
 
-def decode_all(paths, target, side, fork):
+def _header(path):
+    """Longest side of an image, px, and whether its levels have 8 bits."""
+    if os.fspath(path).lower().endswith(".npy"):
+        values = _values(path)[0]
+        return max(values.shape), values.dtype == np.uint8
+    with Image.open(path, formats=FORMATS) as image:
+        return max(image.size), not (image.mode.startswith(("I", "F")) or _is_signed(image))
+
+
+def _choose_range(arrays):
+    """(black, white), floats, of arrays of values that have more than 8 bits."""
+    unsigned = all(array.dtype.kind in "ui" and array.min() >= 0 for array in arrays)
+    pixels = [array.ravel()[:: -(-array.size // SURVEYED_PIXELS)] for array in arrays]
+    pixels = [array[np.isfinite(array)].astype(np.float64) for array in pixels]
+    varied = [array for array in pixels if len(array) and array.min() < array.max()]  # others are empty chips
+    if not varied:
+        return SIXTEEN_BITS if unsigned else (0.0, 1.0)
+    black, white = np.percentile(np.concatenate(varied), PERCENTILES)
+    if unsigned and white <= SIXTEEN_BITS[1]:
+        return 0.0, float(next(2**bits - 1 for bits in DEPTHS if white <= 2**bits - 1))
+    # Six digits, so that the last ones of a percentile do not make another store.
+    black, white = float(f"{black:.6g}"), float(f"{white:.6g}")
+    return black, white if white > black else black + 1
+
+
+def decode_all(paths, target, side, fork, grey_range=None):
     """Decode all files on all cores into the .npy file `target`, uint8 [N, side, side], in bounded memory.
 
     Args:
@@ -122,6 +238,7 @@ def decode_all(paths, target, side, fork):
         target: file to write.
         side: px.
         fork: whether worker processes may be forked, which starts them at once.
+        grey_range: of `decode`.
 
     Returns:
         Decoded.
@@ -135,33 +252,36 @@ def decode_all(paths, target, side, fork):
         with open(target, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(target))
     starts = range(0, len(paths), CHUNK)
-    chunks = [(target, start, paths[start : start + CHUNK], side) for start in starts]
-    unreadable, multipage, digest = {}, [], hashlib.blake2b(digest_size=16)
+    chunks = [(target, start, paths[start : start + CHUNK], side, grey_range) for start in starts]
+    unreadable, multipage, not_finite, digest = {}, [], {}, hashlib.blake2b(digest_size=16)
     with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
-        for bad, paged, digests in _map(_decode_chunk, chunks, fork):
+        for bad, paged, with_gaps, digests in _map(_decode_chunk, chunks, fork):
             unreadable |= bad
             multipage += paged
+            not_finite |= with_gaps
             digest.update(b"".join(digests))
             bar.update(len(digests))
     array.flush()
-    return Decoded(unreadable, multipage, digest.hexdigest())
+    return Decoded(unreadable, multipage, not_finite, digest.hexdigest())
 
 
 def _decode_chunk(chunk):
-    """Decode some files into their rows of the .npy file; returns unreadable, multipage, a digest of each."""
-    target, start, paths, side = chunk
+    """Decode some files into their rows of the .npy file; returns unreadable, multipage, not_finite, digests."""
+    target, start, paths, side, grey_range = chunk
     array = np.asarray(np.load(target, mmap_mode="r+"))
-    unreadable, multipage, digests = {}, [], []
+    unreadable, multipage, not_finite, digests = {}, [], {}, []
     for index, path in enumerate(paths, start):
         pixels = b""
         try:
-            array[index], has_pages = _decode(path, side)
+            file = _decode(path, side, grey_range)
+            array[index] = file.levels
             pixels = array[index]
-            multipage += [os.fspath(path)] * has_pages
+            multipage += [os.fspath(path)] * file.multipage
+            not_finite |= {os.fspath(path): file.not_finite} if file.not_finite else {}
         except DataError as error:
             unreadable[index] = f"{path} ({error})"
         digests.append(hashlib.blake2b(pixels, digest_size=16).digest())
-    return unreadable, multipage, digests
+    return unreadable, multipage, not_finite, digests
 
 
 def _map(function, chunks, fork):

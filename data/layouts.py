@@ -1,10 +1,15 @@
 """Find the chips of a data set, in every layout of the challenge's releases, and order the classes.
 
-| release  | EO and SAR for training                            | labelled SAR | test           |
-|----------|----------------------------------------------------|--------------|----------------|
-| 2024/25  | [train/]EO_Train/<class>/, [train/]SAR_Train/<class>/ | val/ + CSV | test/          |
-| 2021/22  | train_images/<0..9>/EO_*, SAR_*                    |              | test_images/   |
-| method's | EO/<class>/, SAR/<class>/                          |              | test/          |
+| release  | EO and SAR for training                               | labelled SAR | test         |
+|----------|-------------------------------------------------------|--------------|--------------|
+| 2024/25  | [train/]EO_Train/<class>/, [train/]SAR_Train/<class>/ | val/ + CSV   | test/        |
+| 2021/22  | train_images/<0..9>/EO_*, SAR_*                       |              | test_images/ |
+| method's | EO/<class>/, SAR/<class>/                             |              | test/        |
+
+The folders val and test, and TEST_DIR, may also hold the chips in several subfolders. If a subfolder has the
+name of a class, or its number in a submission, the subfolders are the labels of the chips: those in any other
+subfolder are out of distribution. A reference CSV in the folder takes precedence over the subfolders. A single
+subfolder, such as the `-1` of 2021/22, is no label.
 """
 
 import csv
@@ -33,7 +38,7 @@ OFFICIAL_CLASSES = (
     "pickup_truck_w_trailer",
     "semi_w_trailer",
 )
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".npy", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference CSV
 OOD_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 NEAR = 0.8  # similarity, 0..1, from which a folder name counts as a misspelt class name
@@ -149,9 +154,9 @@ def class_order(names, chosen=()):
 
 
 def find_chips(folder):
-    """Image files directly in `folder`, else in its only subfolder that has any; sorted by name.
+    """Image files directly in `folder`, else those in its subfolders; sorted by subfolder, then by name.
 
-    Hidden files (also macOS's `._*`) and files of other types are ignored.
+    Hidden files (also macOS's `._*`), hidden folders and files of other types are ignored.
 
     Raises:
         DataError: there is no such folder, it holds no chips, two chips have the same name, or a link is
@@ -160,21 +165,42 @@ def find_chips(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder of chips {folder}")
-    chips = _images(folder)
-    if not chips:
-        subfolders = [_images(sub) for sub in sorted(folder.iterdir()) if sub.is_dir()]
-        subfolders = [images for images in subfolders if images]
-        chips = subfolders[0] if len(subfolders) == 1 else []
+    chips = _images_below(folder)
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))})")
-    return sorted(map(Path, chips.values()), key=lambda path: _natural(path.name))
+    return sorted(map(Path, chips), key=lambda path: (_natural(path.parent.name), _natural(path.name)))
 
 
-def find_validation(root, classes):
-    """The labelled SAR validation chips (`Labelled`) of a data set, or None if it has none."""
+def read_chips(folder, classes, class_ids):
+    """The chips in a folder, and their labels if it has a reference CSV or class folders.
+
+    Args:
+        folder: of `find_chips`.
+        classes, class_ids: of `read_labelled`.
+
+    Returns:
+        paths, and `Labelled` or None.
+
+    Raises:
+        DataError: of `find_chips`, `find_reference` and `read_labelled`; or a subfolder has the name of a
+            class in another spelling, or two meanings.
+    """
+    paths = find_chips(folder)
+    if reference := find_reference(folder):
+        return paths, read_labelled(paths, reference, classes, class_ids)
+    several = len({path.parent for path in paths}) > 1
+    return paths, _labelled_by_folder(folder, paths, classes, class_ids) if several else None
+
+
+def find_validation(root, classes, class_ids):
+    """The labelled SAR validation chips (`Labelled`) of a data set, or None if it has none.
+
+    classes, class_ids: of `read_labelled`.
+    """
     folder = Path(root) / "val"
-    reference = find_reference(folder)
-    return read_labelled(find_chips(folder), reference, classes) if reference else None
+    if not folder.is_dir() or not (find_reference(folder) or _images_below(folder)):
+        return None
+    return read_chips(folder, classes, class_ids)[1]
 
 
 def find_test(root):
@@ -210,29 +236,31 @@ def find_reference(folder):
     return references[0] if references else None
 
 
-def read_labelled(paths, reference, classes):
+def read_labelled(paths, reference, classes, class_ids):
     """Join chips with their reference.
 
     Args:
         paths: chips.
         reference: CSV with the columns image_id (with or without prefix and extension), class
-            (a name of `classes`, or its index) and OOD_flag (0 or 1; for 1 the class is ignored).
+            (a name of `classes`, or a number of `class_ids`) and OOD_flag (0 or 1; for 1 the class is
+            ignored).
         classes: class names, position = label.
+        class_ids: for each class its number in a submission.
 
     Raises:
         DataError: the file is not a CSV in UTF-8 with these columns, a chip has no row, two chips have
-            the same image_id, a row has no chip or comes twice, or a class is unknown.
+            the same image_id, a row has no chip or comes twice, or a class is unknown or ambiguous.
     """
-    label_of = {str(label): label for label in range(len(classes))}
-    label_of |= {name: label for label, name in enumerate(classes)}
-    rows = {}
+    label_of, rows = _labels_by_text(classes, class_ids), {}
     for line, image_id, name, flag in _read_reference(reference):
         where, key, ood = f"{reference}, line {line}", _bare(image_id), OOD_FLAGS.get(flag.lower())
         if ood is None:
             raise DataError(f"{where}: the OOD_flag of {image_id} is {flag!r}; write 0 or 1")
         if not ood and name not in label_of:
-            known = f"the classes are {named(classes)}"
+            known = f"the classes are {named(classes)}; their numbers, as in a submission, {named(class_ids)}"
             raise DataError(f"{where}: {image_id} has the unknown class {name!r}; {known}")
+        if not ood and label_of[name] is None:
+            raise DataError(f"{where}: {_ambiguous(name)}; write other class names")
         if key in rows:
             raise DataError(f"{where}: {image_id} stands there twice; remove one row")
         rows[key] = (-1 if ood else label_of[name], ood)
@@ -248,9 +276,47 @@ def read_labelled(paths, reference, classes):
 
 
 def image_ids(paths):
-    """The image_id of each chip in a submission: its number; the file stems, if two numbers are equal."""
-    ids = [_bare(path.name) for path in paths]
-    return ids if len(set(ids)) == len(ids) else [path.stem for path in paths]
+    """The image_id of each chip in a submission: its number.
+
+    If two numbers are equal: the file stem; if two stems are equal: folder/stem.
+    """
+    for ids in ([_bare(path.name) for path in paths], [path.stem for path in paths]):
+        if len(set(ids)) == len(ids):
+            return ids
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+def _labels_by_text(classes, class_ids):
+    """{text: label} of the names of classes and of their numbers; None for a text that means two classes."""
+    labels = {name: label for label, name in enumerate(classes)}
+    for label, number in enumerate(class_ids):
+        labels[str(number)] = label if labels.get(str(number), label) == label else None
+    return labels
+
+
+def _ambiguous(text):
+    return f"{text!r} is the name of one class and the number of another one in a submission"
+
+
+def _labelled_by_folder(folder, paths, classes, class_ids):
+    """`Labelled` of chips in class folders; None, with a printed sentence, if none is named like a class."""
+    label_of = _labels_by_text(classes, class_ids)
+    plain = {_plain(name): name for name in classes if re.search("[A-Za-z]", name)}  # "-1" is not "1"
+    parents = [path.parent.name for path in paths]
+    for name in sorted(set(parents)):
+        if label_of.get(name, -1) is None:
+            raise DataError(f"{folder}, subfolder {name}: {_ambiguous(name)}; rename it")
+        if name not in label_of and _plain(name) in plain:
+            raise DataError(f"{folder}, subfolder {name}: it is the class {plain[_plain(name)]}; rename it so")
+    labels = np.array([label_of.get(name, -1) for name in parents], np.int64)
+    ood = labels < 0
+    unknown = sorted(set(parents) - set(label_of))
+    if ood.all():
+        print(f"{folder}: none of the subfolders is named like a class, so its chips have no labels: {named(unknown)}")
+        return None
+    others = f", those in the subfolders {named(unknown)}" if unknown else ""
+    print(f"{folder}: the subfolders are the labels; {ood.sum()} of {len(ood)} chips are out of distribution{others}")
+    return Labelled(paths, labels, ood)
 
 
 def _read_reference(path):
@@ -288,6 +354,14 @@ def _bare(name):
 def _natural(name):
     """Sort key that puts Gotcha9 before Gotcha10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _images_below(folder):
+    """Paths, strings, of the image files directly in a folder, else of those in its subfolders."""
+    if chips := _images(folder):
+        return list(chips.values())
+    subfolders = (sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith("."))
+    return [path for sub in subfolders for path in _images(sub).values()]
 
 
 def _images(folder):
@@ -338,10 +412,15 @@ def _official_name(folder):
     return dict(zip("0123456789", OFFICIAL_CLASSES, strict=True)).get(folder, folder)
 
 
+def _plain(name):
+    """A name in lower case, its letters and digits only."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
 def _official_like(name):
     """The official class whose name, perhaps misspelt, a folder has; None if there is none."""
-    plain = {re.sub(r"[^a-z]", "", official.lower()): official for official in OFFICIAL_CLASSES}
-    near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.lower()), plain, n=1, cutoff=NEAR)
+    plain = {_plain(official): official for official in OFFICIAL_CLASSES}
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=NEAR)
     return plain[near[0]] if near else None
 
 

@@ -1,7 +1,8 @@
 """The chip store: all chips of a list of files, decoded once into one uint8 array and kept on disk.
 
 During a run the chips are held in the fastest memory that has room for them: the device's memory, else
-the host's (pinned, if the device is a GPU). If neither has room, they are read from disk as needed.
+the host's. If neither has room, they are read from disk as needed. One `MemoryBudget` counts what the chips
+and the caches of a process take.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.decode import common_side, decode_all
+from data.decode import EIGHT_BITS, PERCENTILES, SURVEYED, decode_all, survey
 from data.decode import decode as decode
 from data.errors import DataError, named, reason
 from data.lock import locked
@@ -27,25 +28,38 @@ STORES_KEPT = 16  # stores that a folder holds; beyond them the least recently o
 ASSUMED_FREE = 2**32  # bytes of free memory, if the system does not report it
 FREE_SHARE = 0.5  # of the free memory that chips may take if no budget is set
 RELEASE_AFTER = 2**24  # bytes read from disk after which their pages are released
+FILLED = 0.25  # share of the 256 levels that the chips should use
 GREY_SAMPLE = 20_000  # chips; they fix the mean grey level to 0.0004
 
 
-def open_store(paths, folder, skip_bad=False, side=None):
+def choose_grey_range(paths, grey_range=()):
+    """(black, white), floats, through which files with more than 8 bits are read; printed unless it is (0, 255).
+
+    paths: files of one sensor's training chips; grey_range: GREY_RANGE, empty = that of `data.decode.survey`.
+    """
+    black, white = grey_range or survey(paths).grey_range
+    if (black, white) != EIGHT_BITS:
+        print(f"files with more than 8 bits are read from {black:g} (black) to {white:g} (white); see GREY_RANGE")
+    return float(black), float(white)
+
+
+def open_store(paths, folder, skip_bad=False, side=None, grey_range=None):
     """The chips of `paths` as one array: decoded on the first call, memory-mapped afterwards.
 
     Chips that are not square or have another size are resized to S x S.
 
     A store is one .npy file, and a .json file with what is known of it. Their name is made from the names,
-    sizes and modification times of the image files, and from S, so that stores of other files, or of the
-    same files with another S, lie side by side. When a store is made, older ones are deleted: those of the
-    same files in an earlier state, and beyond STORES_KEPT those that were not opened for the longest time.
-    A damaged store is made again.
+    sizes and modification times of the image files, from S and the grey range, so that stores of other files,
+    or of the same files read in another way, lie side by side. When a store is made, older ones are deleted:
+    those of the same files in an earlier state, and beyond STORES_KEPT those that were not opened for the
+    longest time. A damaged store is made again.
 
     Args:
         paths: N image files.
         folder: where stores are kept.
         skip_bad: True leaves the chip of an unreadable file black; `unreadable` lists these chips.
         side: S, px; None = the most common longest side among the files, at most 512.
+        grey_range: (black, white) of files with more than 8 bits; None = that of `data.decode.survey`.
 
     Returns:
         uint8 [N, S, S], in the order of `paths`; changes to it are not written to disk.
@@ -54,10 +68,14 @@ def open_store(paths, folder, skip_bad=False, side=None):
         DataError: some files are not images; the message lists them.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    side = side or common_side(paths)
+    if side is None or grey_range is None:
+        common = survey(paths)
+        side, grey_range = side or common.side, grey_range or common.grey_range
+    grey_range = tuple(map(float, grey_range))
     shape = (len(paths), side, side)
     files, state = fingerprint(paths)
-    path = Path(folder, f"{files}-{state}-{side}.npy")
+    levels = "" if grey_range == EIGHT_BITS else "-{}_{}".format(*grey_range)
+    path = Path(folder, f"{files}-{state}-{side}{levels}.npy")
     chips, _ = _load(path, shape)
     if chips is None:
         with locked(path.parent / "lock"):
@@ -65,7 +83,7 @@ def open_store(paths, folder, skip_bad=False, side=None):
             if chips is None:
                 if damage:
                     print(f"the chip store {path} is damaged ({damage}); its files are decoded again")
-                _make(paths, path, side, skip_bad)
+                _make(paths, path, side, skip_bad, grey_range)
                 chips, _ = _load(path, shape)
     with contextlib.suppress(OSError):  # a folder that is read-only
         os.utime(path.with_suffix(".json"))  # last opened
@@ -112,13 +130,13 @@ def _load(path, shape):
     return chips, ""
 
 
-def _make(paths, target, side, skip_bad):
+def _make(paths, target, side, skip_bad, grey_range):
     """Decode into a temporary file, which gets the name `target` when it is complete."""
     for leftover in target.parent.glob(f"{NAME}.part"):  # of a process that was killed
         leftover.unlink()
     temporary = target.with_suffix(".part")
     try:
-        bad, multipage, digest = decode_all(paths, temporary, side, _may_fork())
+        bad, multipage, not_finite, digest = decode_all(paths, temporary, side, _may_fork(), grey_range)
         if bad and (not skip_bad or len(bad) == len(paths)):
             raise DataError(_unreadable_files(bad))
         if multipage:
@@ -126,6 +144,12 @@ def _make(paths, target, side, skip_bad):
                 f"{len(multipage)} of {len(paths)} files have more than one page; the first page of each is "
                 f"used: {named(multipage)}"
             )
+        if not_finite:
+            print(
+                f"{sum(not_finite.values())} pixels in {len(not_finite)} of {len(paths)} files are NaN or infinite "
+                f"and are read as black: {named(not_finite)}"
+            )
+        _report_few_levels(np.load(temporary, mmap_mode="r"), os.path.dirname(paths[0]), grey_range)
         _delete_old(target)
         target.with_suffix(".json").write_text(json.dumps({"unreadable": bad, "digest": digest}))
         temporary.replace(target)
@@ -133,9 +157,26 @@ def _make(paths, target, side, skip_bad):
         temporary.unlink(missing_ok=True)
 
 
+def _report_few_levels(chips, folder, grey_range):
+    """Print a sentence if the levels of chips, uint8 [N, S, S], fill less than a quarter of the range."""
+    sample = chips[:: -(-len(chips) // SURVEYED)]
+    varied = sample[sample.min((1, 2)) < sample.max((1, 2))]  # others are empty chips
+    if not len(varied):
+        return
+    low, high = np.percentile(varied, PERCENTILES)
+    if high - low < FILLED * 255:
+        black, white = grey_range
+        print(
+            f"the grey levels of the chips in {folder} run from {low:.0f} to {high:.0f} where black is 0 and white "
+            f"255, so that less than a quarter of the levels is used; "
+            + ("make the files of 8 bits anew, with more contrast" if grey_range == EIGHT_BITS else
+               f"GREY_RANGE is {black:g},{white:g}: set it to black and white of the files")
+        )  # fmt: skip
+
+
 def _delete_old(target):
     """Delete the stores that `target` replaces, and the least recently opened beyond STORES_KEPT."""
-    files, state, _ = target.stem.split("-")
+    files, state, _ = target.stem.split("-", 2)
     others = [path for path in target.parent.glob(f"{NAME}.npy") if path != target]
     replaced = {path for path in others if path.match(f"{files}-*") and not path.match(f"{files}-{state}-*")}
     recent = sorted(set(others) - replaced, key=_last_opened, reverse=True)
@@ -187,7 +228,7 @@ class ChipStore:
     Args:
         chips: uint8 [N, S, S] array, memory-mapped or not.
         device: torch.device of the batches.
-        memory: where the chips are held, "device", "host" or "disk" (see `choose_memory`). The batches
+        memory: where the chips are held, "device", "host" or "disk" (see `MemoryBudget`). The batches
             are the same.
     """
 
@@ -199,7 +240,7 @@ class ChipStore:
         if memory == "device":
             self.chips = torch.empty(chips.shape, dtype=torch.uint8, device=device).copy_(self.chips)
         elif memory == "host":
-            self.chips = self.chips.pin_memory()
+            self.chips = self.chips.clone()  # it was mapped to the file
         _release(self.mapping)
 
     def __len__(self):
@@ -236,13 +277,10 @@ class ChipStore:
         return rows
 
     def _gather(self, rows):
-        rows = torch.from_numpy(rows)
-        if self.memory == "device":
-            return self.chips.index_select(0, to_device(rows, self.device))
-        chips = self.chips.index_select(0, rows)
+        chips = gather(self.chips, rows, self.device)
         if self.memory == "disk":
             self._release_pages(chips.nbytes)
-        return to_device(chips, self.device)
+        return chips
 
     def _release_pages(self, read):
         """Release pages that were read; otherwise a run would hold the whole file in memory."""
@@ -252,26 +290,58 @@ class ChipStore:
             self.read = 0
 
 
-def place_stores(device, memory_gb, *arrays):
+class MemoryBudget:
+    """How much memory the chips and caches of this process may take, all together.
+
+    On the CPU the device's memory is the host's. The processes (ranks) of one host share its memory equally;
+    the environment's LOCAL_WORLD_SIZE, which torchrun sets, is their number.
+
+    Args:
+        device: torch.device.
+        memory_gb: GiB of the device's memory, on a CPU those of all ranks together; 0 = half of what is free.
+            Of the host's memory beside a GPU it is always half of what is free.
+    """
+
+    def __init__(self, device, memory_gb=0.0):
+        self.device = device
+        host, ranks = FREE_SHARE * _free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if device.type == "cuda":
+            free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+            self.left = {"device": memory_gb * 2**30 or free, "host": host / ranks}
+        else:
+            self.left = {"device": (memory_gb * 2**30 or host) / ranks}
+
+    def choose(self, size):
+        """The fastest memory with room for `size` bytes, which are taken off it: "device", "host" or "disk"."""
+        for memory, left in self.left.items():
+            if size <= left:
+                self.left[memory] -= size
+                return memory
+        return "disk"
+
+
+def place_stores(budget, *arrays):
     """A ChipStore for each array, all in the fastest memory that has room for all of them together.
 
-    device, memory_gb: as in `choose_memory`; arrays: uint8 [N, S, S] each.
+    budget: MemoryBudget; arrays: uint8 [N, S, S] each.
     """
-    memory = choose_memory(sum(array.nbytes for array in arrays), device, memory_gb)
-    return [ChipStore(array, device, memory) for array in arrays]
+    memory = budget.choose(sum(array.nbytes for array in arrays))
+    return [ChipStore(array, budget.device, memory) for array in arrays]
 
 
-def choose_memory(size, device, memory_gb=0.0):
-    """The fastest memory for `size` bytes: "device", "host" (pinned memory beside a GPU) or "disk".
+def gather(tensor, rows, device):
+    """tensor[rows] on the device; the host does not wait for a copy to a GPU.
 
-    memory_gb: GiB of the device's memory that they may take; 0 = half of what is free. Of the host's
-    memory they may take half of what is free.
+    Args:
+        tensor: on the device, or in host memory.
+        rows: int64 [B] array.
     """
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
-    if size <= (memory_gb * 2**30 or FREE_SHARE * free):
-        return "device"
-    return "host" if on_gpu and size <= FREE_SHARE * _free_memory() else "disk"
+    rows = torch.from_numpy(rows)
+    if tensor.device.type == device.type:
+        return tensor.index_select(0, to_device(rows, device))
+    # In pinned memory, which torch does not use again before the copy has ended.
+    selected = _pinned((len(rows), *tensor.shape[1:]), tensor.dtype)
+    return torch.index_select(tensor, 0, rows, out=selected).to(device, non_blocking=True)
 
 
 def to_device(tensor, device):
@@ -279,6 +349,10 @@ def to_device(tensor, device):
     if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def _pinned(shape, dtype):
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _release(mapping):

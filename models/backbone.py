@@ -4,8 +4,13 @@ import difflib
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import load_state_dict
 from torch import nn
+
+CHIPS = {"in_chans": 1, "num_classes": 0}  # of timm.create_model: one grey channel, no head
+PATCH_STEPS = (8, 14, 16, 32)  # px; a backbone that cannot be built for IMAGE_SIZE is tried with multiples of these
+REACH = 32  # px; how far from the side of an image the backbone's input size is searched
 
 
 class BackboneError(ValueError):
@@ -26,34 +31,73 @@ class Head(nn.Linear):
 class Classifier(nn.Module):
     """Chip classifier: a timm backbone that gives pooled features, and a linear head that gives logits.
 
+    Images of a size that the backbone does not take are resized to the nearest that it takes.
+
     Args:
         backbone: name of a timm model.
         classes: number of classes, C.
-        image_size: side of the square input, px; only used to build and to check the backbone.
+        image_size: side of the square input, px. A backbone that is built for one size is built for this one, or for
+            the nearest that it can be built for; later images may have other sizes.
         weights: "" for random weights, "timm" for timm's pretrained weights from the hub, else the path of
             a file: a state dict of timm or torchvision, or a checkpoint of this project. Weights for
             several input channels are summed over the channels.
 
     Attributes:
-        backbone: module, [N, 1, S, S] -> [N, D].
+        backbone: module, [N, 1, S, S] -> [N, D], for the sizes S that `input_size` returns.
         head: linear layer, [N, D] -> [N, C].
         width: D, number of features.
         frozen: whether the backbone is frozen.
 
     Raises:
-        BackboneError: the name is unknown, the backbone does not take this input size, or the weights cannot
+        BackboneError: the name is unknown, the backbone takes no input of about this size, or the weights cannot
             be loaded.
     """
 
     def __init__(self, backbone, classes, image_size, weights=""):
         super().__init__()
         self.frozen = False
-        self.backbone, self.width = _build(backbone, image_size, weights)
+        self._name, self._input_sizes, self._reach = backbone, {}, REACH
+        self.backbone, self._built_size = _build(backbone, image_size, weights)
+        size = self.input_size(image_size)
+        if abs(size - image_size) > REACH:  # a backbone of one size: search no other, which takes long
+            self._reach = 0
+        self.width = _probe(self.backbone.eval(), size).shape[1]
+        self.backbone.train()
+        # The backward pass of a 1x1 convolution with stride on one channel in channels_last corrupts memory on the CPU
+        # (torch 2.4 to 2.14). RepVGG, MobileOne and FastViT begin with such a convolution.
+        convolutions = [m for m in self.backbone.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 1]
+        is_unsafe = any(m.kernel_size == (1, 1) and m.stride != (1, 1) for m in convolutions)
+        self._memory_format = torch.contiguous_format if is_unsafe else torch.channels_last
         self.head = Head(self.width, classes)
 
+    def input_size(self, side):
+        """Side of the backbone's input for images of this side, px: the nearest that it takes, the larger of two.
+
+        The first call for a side tries sizes on the backbone, which waits for the device; `check_sizes` does so before
+        training. The result depends on the backbone's name, image_size and side alone, so that a model
+        that is built again from a checkpoint takes the same sizes.
+
+        Raises:
+            BackboneError: the backbone takes no size near this one.
+        """
+        if side not in self._input_sizes:
+            training = [module for module in self.backbone.modules() if module.training]
+            self.backbone.eval()
+            try:
+                size = _nearest_size(self.backbone, self._name, side, self._built_size, self._reach)
+            finally:
+                for module in training:
+                    module.training = True
+            self._input_sizes[side] = size
+        return self._input_sizes[side]
+
     def features(self, images):
-        """Pooled features [N, D] of images [N, 1, S, S]."""
-        return self.backbone(images.to(memory_format=torch.channels_last))
+        """Pooled features [N, D] of images [N, 1, S, S] of any side S."""
+        side = images.shape[-1]
+        size = self.input_size(side)
+        if size != side:
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=size < side)
+        return self.backbone(images.to(memory_format=self._memory_format))
 
     def forward(self, images):
         """Logits [N, C] of images [N, 1, S, S]."""
@@ -70,20 +114,15 @@ class Classifier(nn.Module):
         self.backbone.requires_grad_(False).eval()
         return self
 
-    @torch.no_grad()
     def check_sizes(self, sizes):
-        """Raise BackboneError unless the backbone takes square inputs of all these sides, px. Returns self."""
-        training, weight = self.training, self.head.weight
-        self.eval()
-        for size in sizes:
-            try:
-                self(torch.zeros(1, 1, size, size, device=weight.device, dtype=weight.dtype))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise BackboneError(
-                    f"this backbone does not take inputs of {size} px ({error}); "
-                    "set other scales, or only the scale 1"
-                ) from error
-        return self.train(training)
+        """Find the backbone's input size for images of all these sides, px, before the work. Returns self.
+
+        Raises:
+            BackboneError: the backbone takes no size near one of them.
+        """
+        for side in sizes:
+            self.input_size(side)
+        return self
 
     def train(self, mode=True):
         """Set training mode. A frozen backbone stays in eval mode, because batch norm changes its buffers."""
@@ -95,48 +134,117 @@ class Classifier(nn.Module):
 
 
 def _build(name, image_size, weights):
-    """Build the timm model without its head; returns it and the number of its pooled features."""
+    """Build the timm model without its head; returns it, and the size that it was built for, px."""
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
         raise BackboneError(
             f"timm {timm.__version__} knows no backbone {name!r}; near: {', '.join(near) or 'none'}"
         )
-    source = _source(name, image_size, weights)
-    reason = None
+    model, options, size = _build_for_size(name, image_size)
+    if not weights:
+        return model, size
+    try:
+        source = _source(name, model.state_dict(), weights)
+        return timm.create_model(name, **CHIPS, **source, **options), size
+    except (BackboneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a failed download raises one of many exceptions
+        if "loading state_dict" in str(error):
+            default = model.default_cfg["input_size"][-1]
+            details = str(error).splitlines()[-1].strip()
+            raise BackboneError(
+                f"WEIGHTS={weights} does not hold the weights of {name} for inputs of {size} px: {details}; set "
+                f"IMAGE_SIZE={default}, for which timm's weights are, or another file"
+            ) from error
+        if weights != "timm":
+            raise BackboneError(f"WEIGHTS={weights} does not hold the weights of {name}: {error}") from error
+        raise BackboneError(
+            f"the pretrained weights of {name} could not be loaded from the hub "
+            f"({type(error).__name__}). On a machine with a network, run\n"
+            f"  python -c \"import timm, torch; torch.save(timm.create_model('{name}', "
+            f"pretrained=True).state_dict(), '{architecture}.pt')\"\n"
+            f"copy the file here and set WEIGHTS={architecture}.pt"
+        ) from error
+
+
+def _build_for_size(name, image_size):
+    """Build the timm model so that it takes inputs of image_size px, or else of a size near it.
+
+    Returns:
+        the model, in eval mode with random weights; the options of timm.create_model that made it; the size that it
+        was built for, px. They depend on the arguments alone, so that a checkpoint's model can be built again.
+    """
+    near = {max(1, (2 * image_size + step) // (2 * step)) * step for step in PATCH_STEPS} - {image_size}
     # A transformer is built for one input size. dynamic_img_size lets it take others, which the views of
     # several scales need; not every transformer has this option.
-    for extra in ({}, {"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
+    choices = [({}, image_size)]
+    for size in (image_size, *sorted(near, key=lambda size: (abs(size - image_size), -size))):
+        choices += [({"img_size": size, "dynamic_img_size": True}, size), ({"img_size": size}, size)]
+    as_timm_builds_it = None
+    for options, size in choices:
         try:
-            model = timm.create_model(name, in_chans=1, num_classes=0, **source, **extra)
-            device = next(model.parameters()).device
-            with torch.no_grad():
-                width = model.eval()(torch.zeros(1, 1, image_size, image_size, device=device))
-            return model.train(), width.shape[1]
-        except Exception as error:
-            # The constructor lacks the option (TypeError), or the model has another input size.
-            reason = reason if isinstance(error, TypeError) and reason else error
-            if weights == "timm" and not isinstance(error, (TypeError, AssertionError)):
-                raise BackboneError(
-                    f"the pretrained weights of {name} could not be loaded from the hub "
-                    f"({type(error).__name__}). On a machine with a network, run\n"
-                    f"  python -c \"import timm, torch; torch.save(timm.create_model('{name}', "
-                    f"pretrained=True).state_dict(), '{architecture}.pt')\"\n"
-                    f"copy the file here and set WEIGHTS={architecture}.pt"
-                ) from error
-    if weights and "loading state_dict" in str(reason):
-        details = str(reason).splitlines()[-1].strip()
-        raise BackboneError(f"{weights} does not hold the weights of {name}: {details}")
+            model = timm.create_model(name, **CHIPS, **options).eval()
+            as_timm_builds_it = as_timm_builds_it or model
+            _probe(model, size)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the constructor lacks the option, or the model does not take the size: many exceptions
+            continue
+        return model, options, size
+    if as_timm_builds_it is None:
+        timm.create_model(name, **CHIPS)  # raises what is wrong with the model itself
+    return as_timm_builds_it, {}, as_timm_builds_it.default_cfg["input_size"][-1]
+
+
+def _nearest_size(model, name, side, built_size, reach):
+    """The size nearest to `side`, within `reach`, that a backbone in eval mode takes, px; else `built_size`."""
+    near = sorted(range(max(1, side - reach), side + reach + 1), key=lambda size: (abs(size - side), -size))
+    reason = None
+    for size in (*near, built_size):
+        try:
+            _probe(model, size)
+            return size
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models refuse a size with one of many exceptions
+            reason = reason or error
     raise BackboneError(
-        f"backbone {name} does not take {image_size} px chips: {reason}; set another IMAGE_SIZE, "
-        "such as a multiple of 16 or 32, or another BACKBONE"
-    )
+        f"BACKBONE={name} takes no inputs of about {side} px, nor of {built_size} px ({reason}); set another "
+        "IMAGE_SIZE, other scales, or another BACKBONE"
+    ) from reason
 
 
-def _source(name, image_size, weights):
-    """Arguments of timm.create_model for the weights: none, timm's from the hub, or those of a file."""
-    if weights in ("", "timm"):
-        return {"pretrained": weights == "timm"}
+@torch.no_grad()
+def _probe(model, size):
+    """Features [1, D] that a backbone in eval mode gives for one image of size x size pixels.
+
+    All pixels are zero, but the last is NaN. It makes the features NaN if the backbone uses it, whatever the weights
+    are. Patch embeddings do not use the last rows and columns of a size that is no multiple of their patch.
+
+    Raises:
+        ValueError: the backbone does not use all pixels, or gives no pooled features.
+        Exception: the model does not take the size.
+    """
+    weight = next(model.parameters())
+    image = torch.zeros(1, 1, size, size, device=weight.device, dtype=weight.dtype)
+    image[..., -1, -1] = torch.nan
+    features = model.forward(image)  # not model(image), which would compile the backbone for each size under COMPILE
+    if features.ndim != 2:
+        raise ValueError(f"it gives no pooled features [N, D] but {list(features.shape)}")
+    # Fake tensors, of another type, have no values.
+    if type(features) is torch.Tensor and not features.isnan().any():
+        raise ValueError("it would not use the last rows and columns")
+    return features
+
+
+def _source(name, expected, weights):
+    """Arguments of timm.create_model for the weights: timm's from the hub, or those of a file.
+
+    expected: state dict of the backbone.
+    """
+    if weights == "timm":
+        return {"pretrained": True}
     try:
         state = dict(load_state_dict(weights))
         state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
@@ -150,7 +258,6 @@ def _source(name, image_size, weights):
     # In a checkpoint of this project the names start with "backbone."; its head is left out.
     ours = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     state = ours or state
-    expected = timm.create_model(name, in_chans=1, num_classes=0).state_dict()
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     if missing:
         raise BackboneError(
@@ -162,5 +269,4 @@ def _source(name, image_size, weights):
         # gives the same output as equal channels.
         if value.ndim == 4 and value.shape[1] == 1 and state[key].ndim == 4:
             state[key] = state[key].sum(dim=1, keepdim=True)
-    overlay = {"state_dict": state, "input_size": (1, image_size, image_size)}
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}

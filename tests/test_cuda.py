@@ -128,6 +128,7 @@ def streams(monkeypatch):
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**33, 2**34))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self)
+    monkeypatch.setattr("data.store._pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
 
 

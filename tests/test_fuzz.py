@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+pytestmark = pytest.mark.slow
 bounded = settings(
     max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -81,7 +82,7 @@ def test_references(tmp_path_factory, content):
     (folder / "reference.csv").write_bytes(content)
     chips = [folder / "Gotcha1.png", folder / "Gotcha2.png"]
     try:
-        found = read_labelled(chips, find_reference(folder), ("sedan", "bus"))
+        found = read_labelled(chips, find_reference(folder), ("sedan", "bus"), (0, 7))
         assert found.labels.shape == found.ood.shape == (2,) and set(found.labels) <= {-1, 0, 1}
     except DataError as error:
         assert "reference.csv" in str(error)
@@ -94,7 +95,8 @@ def checkpoint(tmp_path_factory):
     whole = {
         "stage": "pretrain", "sensor": "EO", "settings": {}, "backbone": "test_resnet", "image_size": 16,
         "chip_side": 16, "views": ((0, 1.0),), "ood": {}, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
-        "scales": (1.0,), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1, "model": network,
+        "scales": (1.0,), "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
+        "model": network,
     }  # fmt: skip
     save_checkpoint(path, whole)
     return path, path.read_bytes(), whole

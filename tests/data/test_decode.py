@@ -1,9 +1,10 @@
 import os
+import struct
 import subprocess
 import sys
 
 from data import decode as decoding
-from data.decode import decode, decode_all
+from data.decode import decode, decode_all, survey
 from data.errors import DataError
 from tests.conftest import ROOT
 
@@ -92,9 +93,152 @@ def test_the_first_page_of_a_tiff_is_taken_and_such_files_are_listed(tmp_path, f
 def test_files_that_are_no_images_are_refused(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     save(tmp_path / "float.tif", Image.fromarray(LEVELS.astype(np.float32)))
-    for name, message in (("empty.png", "cannot identify"), ("float.tif", "floating-point"), ("none.png", "No such")):
+    for name, message in (
+        ("empty.png", "cannot identify"), ("float.tif", "floating-point.* set GREY_RANGE"), ("none.png", "No such"),
+    ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             decode(tmp_path / name)
+
+
+def test_all_16_bit_levels_are_divided_by_257_bit_for_bit(tmp_path):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257).astype(np.uint8)
+    for path in (save(tmp_path / "a.png", Image.fromarray(values)), save(tmp_path / "a.tif", Image.fromarray(values))):
+        for grey_range in (None, (0, 65535)):
+            np.testing.assert_array_equal(decode(path, grey_range=grey_range), expected)
+
+
+RAMP = np.arange(256).reshape(16, 16)  # the levels that all of the following files hold
+DEEP = {
+    "16 bit": ((RAMP * 257).astype(np.uint16), (0, 65535)),
+    "12 bit": (np.rint(RAMP * 4095 / 255).astype(np.uint16), (0, 4095)),
+    "signed 16 bit": ((RAMP * 100 - 20_000).astype(np.int16), (-20_000, 5_500)),
+    "signed 8 bit": ((RAMP - 128).astype(np.int8), (-128, 127)),
+    "32 bit": ((RAMP * 1000 - 5).astype(np.int32), (-5, 254_995)),
+    "decibel": ((RAMP / 255 * 30 - 30).astype(np.float32), (-30, 0)),
+    "float64": (RAMP / 255, (0, 1)),
+    "turned": (np.asfortranarray(RAMP.T / 255).T, (0, 1)),
+}
+
+
+def write_tiff(path, values):
+    """An uncompressed TIFF, byte by byte, since Pillow writes no signed ones."""
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    height, width = values.shape
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 8 * values.itemsize), (259, 3, 1), (262, 3, 1), (273, 4, 8),
+            (277, 3, 1), (278, 4, height), (279, 4, values.nbytes), (339, 3, kind)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, field, 1, value) for tag, field, value in tags)
+    offset = 8 + values.nbytes
+    header = b"II*\0" + struct.pack("<I", offset)
+    path.write_bytes(header + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_levels_of_more_than_8_bits_are_read_through_the_range(tmp_path, name):
+    values, grey_range = DEEP[name]
+    np.save(tmp_path / "a.npy", values)
+    paths = [tmp_path / "a.npy"]
+    if values.dtype != np.float64:  # Pillow reads no such TIFF
+        paths.append(write_tiff(tmp_path / "a.tif", values))
+    for path in paths:
+        np.testing.assert_array_equal(decode(path, grey_range=grey_range), RAMP)
+    black, white = grey_range
+    middle, span = (black + white) / 2, white - black
+    expected = np.rint(255 * np.clip((values.astype(float) - (middle - span / 4)) / (span / 2), 0, 1))
+    halved = decode(tmp_path / "a.npy", grey_range=(middle - span / 4, middle + span / 4))
+    np.testing.assert_array_equal(halved, expected)
+    assert (halved == 0).sum() >= 60 and (halved == 255).sum() >= 60
+
+
+def test_8_bit_files_are_not_changed_by_the_range(tmp_path):
+    np.save(tmp_path / "a.npy", LEVELS)
+    for path in (tmp_path / "a.npy", save(tmp_path / "a.png", Image.fromarray(LEVELS))):
+        for grey_range in (None, (0, 255), (-3.5, 2.0)):
+            np.testing.assert_array_equal(decode(path, grey_range=grey_range), LEVELS)
+
+
+def test_pixels_that_are_not_finite_are_black_and_counted(tmp_path):
+    values = RAMP / 255 + 1.0
+    values[0, :4] = np.nan, np.inf, -np.inf, np.nan
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for path, array in zip(paths, (values, RAMP / 255 + 1, np.full((16, 16), np.nan)), strict=True):
+        np.save(path, array)
+    decoded = decode_all(paths, tmp_path / "chips.npy", 16, True, (1.0, 2.0))
+    assert decoded.not_finite == {str(paths[0]): 4, str(paths[2]): 256} and not decoded.unreadable
+    expected = np.where(np.isfinite(values), RAMP, 0)
+    np.testing.assert_array_equal(np.load(tmp_path / "chips.npy"), [expected, RAMP, np.zeros((16, 16))])
+
+
+@pytest.mark.parametrize("values, message", [
+    (np.zeros((2, 3, 3)), r"float64 \[2, 3, 3\]; a chip is an array \[H, W\]"),
+    (np.zeros(5), r"float64 \[5\]"), (np.zeros((0, 4)), r"\[0, 4\]"), (np.zeros((3, 3), complex), "complex128"),
+    (np.array([["a"]]), "<U1"), (np.array([[{}]]), "allow_pickle"), (np.zeros((2**13, 2**12), bool), "are no chip"),
+    (RAMP.astype(np.uint16) * 257, "nearly all of its levels, 0 to 65535, are outside GREY_RANGE=0,255"),
+    (RAMP / 5 - 50, "nearly all of its levels, -50 to 1, are outside GREY_RANGE=0,255"),
+])  # fmt: skip
+def test_arrays_that_are_no_chips_are_refused(tmp_path, values, message):
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(DataError, match=message):
+        decode(tmp_path / "a.npy", grey_range=(0, 255))
+
+
+@pytest.mark.parametrize("size", [5, 40, 120, 127, 140, 300, 2**17])
+def test_a_damaged_array_is_refused(tmp_path, size):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(150, 150)))
+    os.truncate(tmp_path / "a.npy", size)
+    with pytest.raises(DataError):
+        decode(tmp_path / "a.npy", grey_range=(0, 1))
+
+
+def noise(most, dtype=np.uint16, shape=(40, 24, 24)):
+    return (np.random.default_rng(0).random(shape) ** 2 * most).astype(dtype)
+
+
+RANGES = {
+    "8 bit": (noise(255, np.uint8), (0, 255)),
+    "8 bit in 16": (noise(255), (0, 255)),
+    "12 bit": (noise(4095), (0, 4095)),
+    "12 bit, signed": (noise(4095, np.int32), (0, 4095)),
+    "10 bit": (noise(1000), (0, 1023)),
+    "a bit more than a quarter of 16": (noise(17_000), (0, 65535)),
+    "16 bit": (noise(65535), (0, 65535)),
+    "one hot pixel": (np.where(np.arange(40 * 576).reshape(40, 24, 24) == 7, 65535, noise(4095)), (0, 4095)),
+    "empty chips beside decibels": (np.r_[noise(20, float) - 25, np.zeros((9, 24, 24))], None),
+    "gaps": (np.where(noise(100) == 3, np.nan, noise(20, float) - 25), None),
+    "all empty": (np.zeros((3, 9, 9)), (0, 1)),
+    "all empty, 16 bit": (np.zeros((3, 9, 9), np.uint16), (0, 65535)),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_survey_takes_the_range_from_format_and_contents(tmp_path, name):
+    arrays, expected = RANGES[name]
+    paths = [tmp_path / f"{i}.npy" for i in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        np.save(path, array)
+    side, grey_range = survey(paths)
+    assert side == arrays.shape[1] and {type(x) for x in grey_range} == {float}
+    if expected is None:  # percentiles of the chips that are not empty
+        varied = arrays[:40][np.isfinite(arrays[:40])]
+        np.testing.assert_allclose(grey_range, np.percentile(varied, (0.1, 99.9)), rtol=1e-5)
+    else:
+        assert grey_range == expected
+
+
+def test_survey_reads_tiff_and_png(tmp_path):
+    values = [(RAMP / 8 - 30).astype(np.float32), (RAMP - 128).astype(np.int8), (RAMP * 16).astype(np.uint16)]
+    for i, array in enumerate(values):
+        write_tiff(tmp_path / f"{i}.tif", array)
+    ranges = [survey([tmp_path / f"{i}.tif"]).grey_range for i in range(3)]
+    assert ranges[2] == (0, 4095)
+    np.testing.assert_allclose(ranges[:2], [[-29.97, 1.84], [-127.7, 126.7]], atol=0.05)
+    save(tmp_path / "a.png", Image.fromarray(values[2]))
+    assert survey([tmp_path / "a.png"]) == (16, (0, 4095))
+    # 8-bit files do not count, and unreadable ones are left to `decode_all`.
+    (tmp_path / "c.png").write_bytes(b"")
+    save(tmp_path / "b.png", Image.fromarray(LEVELS))
+    assert survey([tmp_path / f"{name}.png" for name in "abbbc"]) == (12, (0, 4095))
 
 
 @pytest.fixture

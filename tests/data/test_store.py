@@ -2,6 +2,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from data.errors import DataError
 from data.store import (
     STORES_KEPT,
     ChipStore,
+    MemoryBudget,
     _may_fork,
-    choose_memory,
+    choose_grey_range,
     grey_statistics,
     open_store,
+    place_stores,
     store_digest,
     unreadable,
 )
@@ -169,6 +172,59 @@ def test_files_of_several_pages_are_counted_in_one_sentence(tmp_path, files, cap
     assert capsys.readouterr().out == ""
 
 
+def test_pixels_that_are_not_finite_are_counted_in_one_sentence(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for i, path in enumerate(paths):
+        np.save(path, np.where(LEVELS == LEVELS[0, i], np.nan, LEVELS / 255))
+    bad = int(sum((LEVELS == LEVELS[0, i]).sum() for i in range(3)))
+    open_store(paths, tmp_path / "store")
+    printed = capsys.readouterr().out
+    assert f"{bad} pixels in 3 of 3 files are NaN or infinite and are read as black" in printed
+    assert printed.count("\n") == 1
+    open_store(paths, tmp_path / "store")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("values, grey_range, advice", [
+    (LEVELS // 8, (0, 255), "from 0 to 31 .* make the files of 8 bits anew"),
+    (LEVELS.astype(np.uint16) * 16, (0, 65535), "from 0 to 16 .* GREY_RANGE is 0,65535: set it"),
+    (LEVELS / 255 + 0.1, (-5.0, 5.0), "from 130 to 155 .* GREY_RANGE is -5,5: set it"),
+    (LEVELS // 2, (0, 255), ""), (LEVELS.astype(np.uint16) * 16, None, ""), (np.full_like(LEVELS, 3), (0, 255), ""),
+])  # fmt: skip
+def test_chips_that_use_few_levels_are_reported(tmp_path, capsys, values, grey_range, advice):
+    np.save(tmp_path / "0.npy", values)
+    np.save(tmp_path / "1.npy", np.zeros_like(values))
+    open_store([tmp_path / "0.npy", tmp_path / "1.npy"], tmp_path / "store", grey_range=grey_range)
+    printed = capsys.readouterr().out
+    assert re.search(advice, printed) and (printed.count("\n") == 1 if advice else not printed)
+
+
+def test_stores_of_two_grey_ranges_lie_side_by_side(tmp_path, decoded, capsys):
+    path = tmp_path / "0.npy"
+    np.save(path, LEVELS * 16.0)
+    for _ in range(2):
+        for black, white in ((0, 4080.0), (0, 2040), (-2040.0, 2040)):
+            chips = open_store([path], tmp_path / "store", grey_range=(black, white))
+            expected = np.rint(255 * (LEVELS * 16.0 - black) / (white - black)).clip(0, 255)
+            np.testing.assert_array_equal(chips[0], expected)
+    assert decoded == [1, 1, 1]
+    digests = {store_digest(open_store([path], tmp_path / "store", grey_range=(0, w))) for w in (4080, 2040)}
+    assert len(digests) == 2
+    open_store([path], tmp_path / "store")  # the range of the survey
+    capsys.readouterr()
+    chosen = choose_grey_range([path])
+    assert {type(x) for x in chosen} == {float} and chosen[0] >= 0 and 3500 < chosen[1] <= 4080
+    assert "files with more than 8 bits are read from" in capsys.readouterr().out
+    decoded.clear()
+    open_store([path], tmp_path / "store", grey_range=chosen)
+    assert decoded == []
+    assert choose_grey_range([path], (-3, 5)) == (-3.0, 5.0)
+
+
+def test_8_bit_files_have_the_range_of_8_bits_in_silence(files, capsys):
+    assert choose_grey_range(files) == (0.0, 255.0) and not capsys.readouterr().out
+
+
 def test_a_store_that_cannot_be_written_to_can_be_read(tmp_path, files, decoded, monkeypatch):
     open_store(files, tmp_path / "store")
 
@@ -316,13 +372,65 @@ def test_what_was_read_from_disk_is_released(tmp_path, monkeypatch):
     assert 0 < most < 8 * 2**20
 
 
-def test_the_fastest_memory_that_has_room_is_chosen(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+@pytest.mark.parametrize("memory", ["host", "disk"])
+def test_chips_beside_a_gpu_are_gathered_into_pinned_memory_and_copied_once(tmp_path, monkeypatch, memory):
+    buffers = []
+
+    def pinned(shape, dtype):
+        buffers.append(torch.full(shape, 7, dtype=dtype))
+        return buffers[-1]
+
+    def refuse(*_, **__):
+        raise AssertionError("pinned as a whole, or pinned again")
+
+    monkeypatch.setattr("data.store._pinned", pinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    np.save(tmp_path / "chips.npy", CHIPS)
+    store = ChipStore(np.load(tmp_path / "chips.npy", mmap_mode="c"), torch.device("meta"), memory)
+    subset = store.subset(np.arange(10, 20))
+    assert store[[4, 19, 4]].device.type == "meta" and subset[2].shape == (8, 8)
+    for buffer, expected in zip(buffers, (CHIPS[[4, 19, 4]], CHIPS[[12]]), strict=True):
+        np.testing.assert_array_equal(buffer, expected)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with 100 bytes free in host memory, and 40 on its GPU."""
     monkeypatch.setattr("data.store._free_memory", lambda: 100)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40, 80))
-    assert [choose_memory(size, cpu) for size in (50, 51)] == ["device", "disk"]
-    assert [choose_memory(size, gpu) for size in (20, 21, 50, 51)] == ["device", "host", "host", "disk"]
-    assert choose_memory(30, gpu, 30 / 2**30) == "device" and choose_memory(30, cpu, 29 / 2**30) == "disk"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_fastest_memory_that_has_room_is_chosen(machine):
+    cpu, gpu = machine
+    assert [MemoryBudget(cpu).choose(size) for size in (50, 51)] == ["device", "disk"]
+    assert [MemoryBudget(gpu).choose(size) for size in (20, 21, 50, 51)] == ["device", "host", "host", "disk"]
+    assert MemoryBudget(gpu, 30 / 2**30).choose(30) == "device" and MemoryBudget(cpu, 29 / 2**30).choose(30) == "disk"
+
+
+def test_what_was_granted_is_taken_off_the_budget(machine):
+    cpu, gpu = machine
+    budget = MemoryBudget(gpu)
+    assert [budget.choose(size) for size in (15, 6, 5, 44, 1)] == ["device", "host", "device", "host", "disk"]
+    budget = MemoryBudget(cpu, 40 / 2**30)
+    assert [budget.choose(size) for size in (30, 11, 10, 1)] == ["device", "disk", "device", "disk"]
+    # Chips of several sensors are held in one memory, or their batches would be gathered in two ways.
+    arrays = [np.zeros((5, 2, 2), np.uint8)] * 2
+    budget = MemoryBudget(cpu, 60 / 2**30)
+    for expected in ("device", "disk"):
+        assert {store.memory for store in place_stores(budget, *arrays)} == {expected}
+
+
+def test_the_ranks_of_a_host_share_its_memory(machine, monkeypatch):
+    cpu, gpu = machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [MemoryBudget(cpu).choose(size) for size in (6, 7)] == ["device", "disk"]
+    assert [MemoryBudget(cpu, 80 / 2**30).choose(size) for size in (10, 11)] == ["device", "disk"]
+    # Each rank has a GPU of its own.
+    assert [MemoryBudget(gpu).choose(size) for size in (20, 6, 21)] == ["device", "device", "disk"]
+    budget = MemoryBudget(gpu, 10 / 2**30)
+    assert [budget.choose(size) for size in (10, 6, 6)] == ["device", "host", "disk"]
 
 
 def test_free_memory_is_less_than_all_memory():

@@ -3,6 +3,8 @@ from models.backbone import BackboneError, Classifier
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize(
@@ -20,10 +22,126 @@ def test_unknown_backbone_names_the_nearest():
         Classifier("resnt18", 10, 64)
 
 
-def test_input_sizes_that_a_backbone_does_not_take():
-    Classifier("test_resnet", 3, 64).check_sizes([56, 64, 72])
-    with pytest.raises(BackboneError, match="does not take inputs of 72 px"):
-        Classifier("test_vit", 3, 64).check_sizes([64, 72])
+# Sides of the images at IMAGE_SIZE 56 and 96 with the scales of the scripts, and the backbone's sizes for them.
+SIDES = {56: (49, 56, 63), 96: (84, 96, 108)}
+SMALL = {
+    "test_resnet": {49: 49, 56: 56, 63: 63, 84: 84, 96: 96, 108: 108},
+    "test_convnext": {49: 48, 56: 56, 63: 64, 84: 84, 96: 96, 108: 108},
+    "test_vit": {49: 48, 56: 64, 63: 64, 84: 80, 96: 96, 108: 112},
+    "test_vit2": {49: 48, 56: 64, 63: 64, 84: 80, 96: 96, 108: 112},
+    "test_efficientnet": {49: 49, 56: 56, 63: 63, 84: 84, 96: 96, 108: 108},
+    "test_nfnet": {49: 49, 56: 56, 63: 63, 84: 84, 96: 96, 108: 108},
+    "test_byobnet": {49: 49, 56: 56, 63: 63, 84: 84, 96: 96, 108: 108},
+    "vit_tiny_patch16_224": {49: 48, 56: 64, 63: 64, 84: 80, 96: 96, 108: 112},
+    "gmlp_ti16_224": {49: 64, 56: 64, 63: 64, 84: 96, 96: 96, 108: 96},
+}
+# One of each further kind of timm's image classifiers, a small one of its family.
+KINDS = (
+    "resnet10t", "convnext_atto", "efficientnet_lite0", "deit_tiny_distilled_patch16_224",
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "mixer_s32_224", "maxvit_nano_rw_256",
+    "coatnet_pico_rw_224", "levit_128s", "regnety_002", "mobilenetv3_small_050", "densenet121", "efficientformer_l1",
+    "efficientformerv2_s0", "poolformer_s12", "caformer_s18", "cait_xxs24_224", "beit_base_patch16_224",
+    "xcit_nano_12_p16_224", "pvt_v2_b0", "twins_pcpvt_small", "gcvit_xxtiny", "nest_tiny", "mobilevit_xxs",
+    "edgenext_xx_small", "ghostnet_050", "hrnet_w18_small", "vgg11", "inception_v3", "inception_next_atto",
+    "resmlp_12_224", "pit_ti_224", "tnt_s_patch16_224", "volo_d1_224", "vit_small_patch14_dinov2", "repvgg_a0",
+    "mobileone_s0", "fastvit_t8",
+)  # fmt: skip
+
+
+def takes_and_uses_all_pixels(model, side):
+    """Whether a training batch of this side passes, and its last row and its last column each reach the features."""
+    model.to(memory_format=torch.channels_last).train()
+    model(torch.randn(2, 1, side, side)).sum().backward()
+    image = torch.randn(1, 1, side, side)
+    model.eval()
+    for last in (image[..., -1, :], image[..., -1]):
+        kept = last.clone()
+        last.fill_(torch.nan)  # spreads to all that depends on it, whatever the weights are
+        with torch.no_grad():
+            if not model.features(image).isnan().any():
+                return False
+        last.copy_(kept)
+    return True
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_images_are_resized_to_the_nearest_size_that_the_backbone_takes(name):
+    for image_size, sides in SIDES.items():
+        model = Classifier(name, 3, image_size).check_sizes(sides)
+        assert {side: model.input_size(side) for side in sides} == {side: SMALL[name][side] for side in sides}
+        assert all(takes_and_uses_all_pixels(model, side) for side in sides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image_classifier_takes_the_sizes_of_the_scripts(name):
+    for image_size, sides in SIDES.items():
+        model = Classifier(name, 3, image_size).check_sizes(sides)
+        assert all(takes_and_uses_all_pixels(model, side) for side in sides), image_size
+        again = Classifier(name, 3, image_size)
+        again.load_state_dict(model.state_dict())
+        assert [again.input_size(side) for side in sides] == [model.input_size(side) for side in sides]
+
+
+def test_the_last_pixels_change_the_features_of_a_transformer():
+    model = Classifier("vit_tiny_patch16_224", 3, 56).eval()
+    images = torch.randn(2, 1, 56, 56)
+    images[1] = images[0]
+    images[1, :, -1] += 1
+    one, other = model.features(images)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_only_sizes_that_the_backbone_does_not_take_are_resized():
+    images = torch.randn(2, 1, 49, 49)
+    model = Classifier("test_resnet", 3, 56).eval()
+    assert torch.equal(model.features(images), model.backbone(images.to(memory_format=torch.channels_last)))
+    model = Classifier("test_vit", 3, 56).eval()
+    smaller = F.interpolate(images, size=(48, 48), mode="bilinear", antialias=True)
+    torch.testing.assert_close(model.features(images), model.backbone(smaller))
+    larger = F.interpolate(images, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(model.features(larger), model.backbone(larger))
+
+
+def test_finding_a_size_changes_nothing_else():
+    model = Classifier("test_efficientnet", 3, 56).freeze().train()
+    model.backbone.blocks[0].train()
+    before, modes = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+    random_state = torch.get_rng_state()
+    model.check_sizes([33, 49])
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_backbone_of_one_size_gets_it_for_all_images():
+    model = Classifier("efficientformer_l1", 3, 56)
+    assert {model.input_size(side) for side in (49, 56, 63, 300)} == {224}
+
+
+def test_a_backbone_that_takes_no_size(monkeypatch):
+    def refuse(model, size):
+        raise AssertionError("wrong size")
+
+    monkeypatch.setattr("models.backbone._probe", refuse)
+    with pytest.raises(BackboneError, match="BACKBONE=test_vit takes no .* 56 px, nor of 160 px.*IMAGE_SIZE"):
+        Classifier("test_vit", 3, 56)
+
+
+def test_sizes_under_fake_tensors():
+    vit = Classifier("test_vit", 3, 56).check_sizes([57])  # timm cannot build it under fake tensors
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model in (vit, Classifier("test_resnet", 3, 56)):
+            assert model(torch.zeros(2, 1, 57, 57)).shape == (2, 3)
+
+
+def test_export_with_a_resize():
+    model = Classifier("test_vit", 3, 56).check_sizes([49]).eval()
+    images = torch.randn(3, 1, 49, 49)
+    chips = {0: torch.export.Dim("chips", min=1, max=2**30)}
+    with torch.no_grad():
+        program = torch.export.export(model, (images[:2],), dynamic_shapes=(chips,))
+        torch.testing.assert_close(program.module()(images), model(images))
 
 
 def test_frozen_backbone_stays_bit_for_bit():
@@ -65,6 +183,17 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "weights.pt")
     with pytest.raises(BackboneError, match="does not hold the weights of test_resnet"):
         Classifier("test_resnet", 10, 64, str(tmp_path / "weights.pt"))
+
+
+def test_weights_of_another_size_from_a_file(tmp_path):
+    torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), tmp_path / "vit.pt")
+    model = Classifier("test_vit", 3, 56, str(tmp_path / "vit.pt"))
+    rebuilt = Classifier("test_vit", 3, 56)
+    rebuilt.load_state_dict(model.state_dict())
+    assert [model.input_size(side) for side in (49, 56, 80)] == [rebuilt.input_size(side) for side in (49, 56, 80)]
+    torch.save(timm.create_model("gmlp_ti16_224", in_chans=1).state_dict(), tmp_path / "gmlp.pt")
+    with pytest.raises(BackboneError, match="gmlp_ti16_224 for inputs of 64 px.*set IMAGE_SIZE=224"):
+        Classifier("gmlp_ti16_224", 3, 56, str(tmp_path / "gmlp.pt"))
 
 
 def test_files_without_weights(tmp_path):

@@ -9,8 +9,10 @@ scikit-learn's clustering takes a second to import, so the training loop must no
 """
 
 import re
+from collections import Counter
 from pathlib import PurePath
 
+from data.errors import named
 from utils.run.settings import SettingError
 
 import numpy as np
@@ -35,6 +37,12 @@ SPLIT_APART = 0.70  # ... this, elsewhere: one vehicle that turns evenly has 0.6
 MIXED = 0.6  # halves alternate at this many changes from frame to frame; 1 = as many as in random order
 FRAMES = 4  # frames that each of two alternating halves has at least: one or two frames are outliers
 
+# File numbers are no frame numbers if ...
+SHARED = 0.05  # ... more than this share of the chips have a number that another chip has as well
+PER_PATTERN = 4  # ... names of one pattern (the name without its digits) have fewer chips than this on average
+LONGEST = 0.5  # ... one sequence would hold more than this share of the chips,
+HANDFUL = 20  # where there are more chips than this: the chips of one scene may be one sequence
+
 
 def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     """Cluster ids of chips, int64 [N], 0..K-1, each used.
@@ -43,7 +51,7 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
 
     Args:
         features: float [N, D], averaged over the TTA views; L2-normalised here.
-        names: N file names or paths; the last run of digits in the stem is the chip's number.
+        names: N file names or paths; `chip_numbers` reads their numbers.
         by: "features" (k-means over all chips), "sequence" (chips whose sorted numbers are at most
             `sequence_gap` apart), "both" (sequences, split if they show more than one vehicle) or
             "none" (each chip is a cluster).
@@ -78,22 +86,72 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     return ids
 
 
+def choose_clustering(by, names, sequence_gap=100):
+    """`by`, or "none" if it needs frame numbers and the file names hold none; a printed sentence says why.
+
+    Numbers that repeat, names without a common pattern (hashes), and numbers that put most chips into one
+    sequence would give one label to chips of different vehicles.
+
+    Args:
+        by, names, sequence_gap: of `cluster_chips`.
+
+    Raises:
+        SettingError: sequences are asked for, and a name has no number.
+    """
+    if by not in ("sequence", "both") or len(names) < 2:
+        return by
+    reason = _no_frame_numbers(names, sequence_gap)
+    if not reason:
+        return by
+    print(
+        f"CLUSTER_BY={by} is not used, each chip is predicted by itself: {reason}. CLUSTER_BY=features clusters "
+        "without numbers",
+        flush=True,
+    )
+    return "none"
+
+
+def _no_frame_numbers(names, sequence_gap):
+    """Why the numbers in the names cannot be frame numbers, in words; "" if they can."""
+    patterns = Counter(re.sub("[0-9]+", "#", PurePath(name).stem) for name in names)
+    numbered = sum("#" in pattern for pattern in patterns)
+    if numbered > 1 and len(patterns) * PER_PATTERN > len(names):
+        return f"the file names have no common pattern ({named(names, 2)})"
+    numbers = chip_numbers(names)
+    _, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero(counts[inverse] > 1)
+    if len(shared) > SHARED * len(names):
+        examples = [names[i] for i in np.flatnonzero(inverse == inverse[shared[0]])]
+        return f"{len(shared)} of {len(names)} chips have the same number as another one ({named(examples, 2)})"
+    gaps = np.flatnonzero(np.diff(np.sort(numbers)) > sequence_gap) + 1
+    longest = np.diff(gaps, prepend=0, append=len(names)).max()
+    if len(names) > HANDFUL and longest > LONGEST * len(names):
+        return f"one sequence would hold {longest} of {len(names)} chips (SEQUENCE_GAP={sequence_gap})"
+    return ""
+
+
 def chip_numbers(names):
-    """The last run of digits in each file's stem, int64 [N].
+    """The frame number of each chip, int64 [N], read from its file name.
+
+    Of the runs of digits in a stem it is the one that has the most different values over all names, such as
+    01001 in HB01001.006.png and 1001 in chip1001_000.png; of several the last one. Runs are compared by
+    their position from the end of the stem, and from its start where some names have more runs than others.
 
     Raises:
         SettingError: a name has no digits.
     """
-    numbers = np.empty(len(names), np.int64)
-    for i, name in enumerate(names):
-        digits = re.findall(r"[0-9]+", PurePath(name).stem)
-        if not digits:
-            raise SettingError(
-                f"'{name}' has no number in its name, so it belongs to no sequence; set "
-                "CLUSTER_BY=features or CLUSTER_BY=none"
-            )
-        numbers[i] = int(digits[-1][-18:])  # as many as int64 takes
-    return numbers
+    # The last 18 digits are as many as int64 takes.
+    runs = [[int(run[-18:]) for run in re.findall("[0-9]+", PurePath(name).stem)] for name in names]
+    if without := [name for name, digits in zip(names, runs, strict=True) if not digits]:
+        raise SettingError(
+            f"'{without[0]}' has no number in its name, so it belongs to no sequence; set "
+            "CLUSTER_BY=features or CLUSTER_BY=none"
+        )
+    counts = {len(digits) for digits in runs}
+    least = min(counts, default=0)
+    positions = [*range(-1, -1 - least, -1), *(range(least) if len(counts) > 1 else ())]
+    columns = [np.array([digits[i] for digits in runs], np.int64) for i in positions]
+    return max(columns, key=lambda column: len(np.unique(column)), default=np.zeros(0, np.int64))
 
 
 def _k_means(features, clusters):

@@ -91,7 +91,11 @@ def main():
             torch.export.save(program, file)
         else:
             file.write(_onnx(program))
-    print(f"written: {OUT}, which takes uint8 chips [N, {side}, {side}]; OOD score: {score}")
+    black, white = members[0].checkpoint["grey_range"]
+    print(
+        f"written: {OUT}, which takes uint8 chips [N, {side}, {side}], black 0 and white 255 (in files with more than "
+        f"8 bits: {black:g} and {white:g}); OOD score: {score}"
+    )
 
 
 def export_program(member, score_name):

@@ -26,15 +26,20 @@ class Member:
     model: Classifier
     views: tuple
 
+    @property
+    def reading(self):
+        """(side, px; (black, white)) of `data.decode.decode`: how the member's chips are read from their files."""
+        return self.checkpoint["chip_side"], tuple(self.checkpoint["grey_range"])
+
     def output(self, stores, batch_size=256, views=None, progress=""):
         """The member's `Output` for N chips.
 
         Args:
-            stores: {side, px: ChipStore of the chips}, with the member's "chip_side".
+            stores: {`reading`: ChipStore of the chips}, with the member's own.
             batch_size, progress: of `utils.predict.tta.predict`.
             views: other views than the member's.
         """
-        store, image_size = stores[self.checkpoint["chip_side"]], self.checkpoint["image_size"]
+        store, image_size = stores[self.reading], self.checkpoint["image_size"]
         grey, views = self.checkpoint["grey"], views or self.views
         results = predict(self.model, store, image_size, grey, views, batch_size, progress)
         return Output(*results, self.model.head, self.checkpoint["ood"])
@@ -43,7 +48,7 @@ class Member:
 def load_members(checkpoints, device):
     """The members of an ensemble, a list of `Member`; one checkpoint gives a list of one.
 
-    They may differ in backbone, image size, chip side, views and grey levels, but not in classes.
+    They may differ in backbone, image size, chip side, grey range, views and grey levels, but not in classes.
 
     Args:
         checkpoints: path, several paths in a string with commas between them, or list of paths.

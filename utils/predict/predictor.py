@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.decode import EIGHT_BITS
 from data.errors import DataError
 from data.layouts import find_chips
 from data.store import ChipStore, decode
@@ -13,7 +14,7 @@ from utils.predict.pipeline import PipelineSettings, run_pipeline
 from utils.run.device import choose_device
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Predictions:
 class Predictor:
     """Predicts SAR chips, each by itself, as results.py does with CLUSTER_BY=none.
 
-    Chip side, grey levels, views and OOD scores come from the checkpoint. Make one with `load`.
+    Chip side, grey range, grey levels, views and OOD scores come from the checkpoint. Make one with `load`.
     """
 
     def __init__(self, members, device, batch_size, ood_score):
@@ -74,15 +75,17 @@ class Predictor:
             images: an image: a path, a PIL image, or a uint8 array of grey levels [H, W] or colours
                 [H, W, 3]; or several images: a list of these, a folder, or an array [N, H, W] or
                 [N, H, W, 3]. An array with three axes, the last of 3 entries, is one colour image.
+                If the checkpoint was trained on files with more than 8 bits, an array of grey levels may
+                have any real type; it is read through the checkpoint's GREY_RANGE, as files are.
 
         Raises:
             DataError: no images, or some that cannot be read.
         """
         images, names = _listed(images)
         stores = {}
-        for side in {member.checkpoint["chip_side"] for member in self.members}:
-            chips = np.stack([_chip(*image, side) for image in zip(images, names, strict=True)])
-            stores[side] = ChipStore(chips, self.device)
+        for reading in {member.reading for member in self.members}:
+            chips = np.stack([_chip(*image, *reading) for image in zip(images, names, strict=True)])
+            stores[reading] = ChipStore(chips, self.device)
         outputs = [member.output(stores, self.batch_size) for member in self.members]
         result = run_pipeline(outputs, names, self.settings)
         classes = tuple(self.members[0].checkpoint["classes"])
@@ -107,23 +110,30 @@ def _listed(images):
     return images, names
 
 
-def _chip(image, name, side):
+def _chip(image, name, side, grey_range):
     """uint8 [side, side] grey levels of an image, by `data.store.decode`."""
+    if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
+        image = np.asarray(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
-        is_image = image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3
-        if image.dtype != np.uint8 or not is_image:
+        is_grey = image.ndim == 2 and (image.dtype == np.uint8 or grey_range != EIGHT_BITS)
+        is_colour = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+        if not is_grey and not is_colour:
             raise DataError(
                 f"image {name} is an array {image.dtype} {list(image.shape)}; give uint8 [H, W] or [H, W, 3]"
             )
-        if image.shape == (side, side):
+        if image.shape == (side, side) and image.dtype == np.uint8:
             return image
-        image = Image.fromarray(image)
+        image = Image.fromarray(image) if is_colour else image
     try:
-        if not isinstance(image, Image.Image):
-            return decode(image, side)
+        if isinstance(image, (str, os.PathLike)):
+            return decode(image, side, grey_range)
         with tempfile.TemporaryDirectory() as folder:  # decode reads files only
-            path = Path(folder, "image.png")
-            image.save(path, compress_level=1, exif=image.getexif())  # it holds the orientation
-            return decode(path, side)
+            path = Path(folder, "image")
+            if isinstance(image, np.ndarray):
+                with open(path, "wb") as file:
+                    np.save(file, image)
+            else:
+                image.save(path, "PNG", compress_level=1, exif=image.getexif())  # it holds the orientation
+            return decode(path, side, grey_range)
     except (DataError, OSError) as error:
         raise DataError(f"image {name} cannot be read ({error})") from error

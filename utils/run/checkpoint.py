@@ -14,7 +14,7 @@ from utils.run.settings import CheckpointError
 
 import torch
 
-FORMAT = 2  # 1 lacks chip_side, views and ood
+FORMAT = 2  # 1 lacks chip_side, grey_range, views and ood
 
 
 def _is_text(x):
@@ -27,6 +27,12 @@ def _is_count(x):
 
 def _is_positive(x):
     return type(x) in (int, float) and 0 < x < math.inf
+
+
+def _is_range(x):
+    """Two finite numbers, the first below the second."""
+    are_numbers = type(x) in (tuple, list) and len(x) == 2 and {type(v) for v in x} <= {int, float}
+    return are_numbers and -math.inf < x[0] < x[1] < math.inf
 
 
 def _each(fits):
@@ -55,6 +61,7 @@ KEYS = {
     "backbone": _is_text,
     "image_size": _is_count,
     "chip_side": _is_count,
+    "grey_range": _is_range,
     "classes": lambda x: _each(_is_text)(x) and len(set(x)) == len(x),
     "class_ids": _each(_is_count),
     "counts": _each(_is_count),

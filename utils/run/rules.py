@@ -1,5 +1,6 @@
 """What the constants at the top of the scripts may be, and which of them leave a run's result as it is."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,13 @@ def whole_number(least):
 def number(text, allows, several=False):
     # Comparisons with nan are false, so it never fits.
     return Rule(text, lambda x: type(x) in (int, float) and allows(x), several)
+
+
+def _is_range(x):
+    """No number, or two finite numbers, the first below the second."""
+    if not isinstance(x, (tuple, list)) or not {type(value) for value in x} <= {int, float}:
+        return False
+    return len(x) == 0 or len(x) == 2 and -math.inf < x[0] < x[1] < math.inf
 
 
 def one_of(*choices):
@@ -62,11 +70,14 @@ RULES = {
     "VOTE_MIN_SHARE": SHARE,
     "BACKGROUND": SHARE,
     "BALANCE": number("from 0 to 2", lambda x: 0 <= x <= 2),
+    "GREY_RANGE": Rule("empty, or two numbers, black and white, the first below the second", _is_range),
     "SENSOR": one_of("EO", "SAR"),
     "CLUSTER_BY": one_of("features", "sequence", "both", "none"),
     "VOTE": one_of("hard", "soft", "product"),
     "CLUSTER_SCORE": one_of("features", "mean", "none"),
 }
+
+NUMBERS = {"GREY_RANGE"}  # tuples of numbers that may be empty
 
 # In these "~" and "$NAME" are expanded.
 PATHS = {

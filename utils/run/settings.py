@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.run.rules import FOLDERS, PATHS, RULES
+from utils.run.rules import FOLDERS, NUMBERS, PATHS, RULES
 
 
 class SettingError(ValueError):
@@ -63,9 +63,9 @@ def parse(name, text, default):
     if kind is tuple:
         parts = [part.strip().strip("'\"") for part in text.strip("()[] ").split(",")]
         parts = [part for part in parts if part]
-        if not default:
+        if not default and name not in NUMBERS:
             return tuple(parts)
-        element = float if any(isinstance(x, float) for x in default) else type(default[0])
+        element = float if name in NUMBERS or any(isinstance(x, float) for x in default) else type(default[0])
         return tuple(parse(name, part, element()) for part in parts)
     if kind is bool:
         if text.lower() in ("true", "false", "1", "0"):

@@ -1,7 +1,10 @@
 """Cache of a frozen network's outputs, which are the same in every epoch."""
 
+import os
+import tempfile
+
 from data.augment import VIEWS
-from data.store import choose_memory, to_device
+from data.store import gather
 
 import numpy as np
 import torch
@@ -18,14 +21,18 @@ class FrozenCache:
         requests: iterable of all (indices, views) that will be asked for, in their order.
         chips: number of chips, N; indices are 0..N-1, views 0..7.
         batch_size: chips in one call of `network`.
-        device: where the outputs are needed.
+        budget: `data.store.MemoryBudget` of the device where the outputs are needed. Outputs that fit neither the
+            device's memory nor the host's are stored in a file.
+        folder: where that file is kept; it has no name there and ends with the process.
         dtype: in which they are stored; None = that of the network's output.
-        memory_gb: of `data.store.choose_memory`; outputs that do not fit the device are stored in host memory.
+
+    Raises:
+        OSError: the disk is full.
     """
 
-    def __init__(self, network, requests, chips, batch_size, device, dtype=None, memory_gb=0.0):
+    def __init__(self, network, requests, chips, batch_size, budget, folder, dtype=None):
         self.network, self.chips, self.batch_size = network, chips, batch_size
-        self.device, self.dtype, self.memory_gb = device, dtype, memory_gb
+        self.budget, self.folder, self.dtype = budget, folder, dtype
         self.row_of = np.full(VIEWS * chips, -1, np.int32)
         keys, count = [], 0
         for indices, views in requests:
@@ -44,10 +51,7 @@ class FrozenCache:
         blocks = rows // self.batch_size
         for block in np.unique(blocks[~self.computed[blocks]]):
             self._compute(block)
-        rows = torch.from_numpy(rows.astype(np.int64))
-        if self.values.device.type == self.device.type:
-            return self.values.index_select(0, to_device(rows, self.device))
-        return to_device(self.values.index_select(0, rows), self.device)
+        return gather(self.values, rows.astype(np.int64), self.budget.device)
 
     @torch.no_grad()
     def _compute(self, block):
@@ -55,12 +59,19 @@ class FrozenCache:
         views, indices = np.divmod(self.keys[start : start + self.batch_size], self.chips)
         outputs = self.network(indices, views)
         if self.values is None:
-            dtype = self.dtype or outputs.dtype
-            size = len(self.keys) * outputs.shape[1] * dtype.itemsize
-            on_device = choose_memory(size, self.device, self.memory_gb) == "device"
-            self.values = torch.empty(
-                len(self.keys), outputs.shape[1], dtype=dtype, device=self.device if on_device else "cpu",
-                pin_memory=not on_device and torch.cuda.is_available(),
-            )  # fmt: skip
+            self.values = self._empty((len(self.keys), outputs.shape[1]), self.dtype or outputs.dtype)
         self.values[start : start + len(outputs)] = outputs.to(self.values.dtype)
         self.computed[block] = True
+
+    def _empty(self, shape, dtype):
+        """A tensor for the outputs, in the fastest memory that has room for it."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        memory = self.budget.choose(size)
+        if memory != "disk":
+            return torch.empty(shape, dtype=dtype, device=self.budget.device if memory == "device" else "cpu")
+        os.makedirs(self.folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk raises an error here, and kills no process later
+                os.posix_fallocate(file.fileno(), 0, size)
+            mapped = np.memmap(file, np.uint8, "r+", shape=(size,))
+        return torch.from_numpy(mapped).view(dtype).view(shape)

@@ -1,7 +1,11 @@
-from utils.predict.clusters import cluster_chips
+import hashlib
+
+from utils.predict.clusters import chip_numbers, choose_clustering, cluster_chips
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 
@@ -60,17 +64,77 @@ def test_sequences_break_where_the_gap_exceeds_the_limit():
     assert cluster_chips(np.ones((5, 4)), names, "sequence", sequence_gap=0).max() == 3
 
 
-def test_the_last_digits_of_the_file_name_count():
-    names = ["run2/Gotcha1000.png", "9/SAR_2_1001.PNG", "SAR_1002", "part7/v2_900000_0999.jpeg",
-             "Gotcha5000.png"]
-    assert cluster_chips(np.ones((5, 2)), names, "sequence").tolist() == [0, 0, 0, 0, 1]
+@pytest.mark.parametrize("pattern", [
+    "Gotcha{}.png", "SAR_{}.png", "{}.PNG", "HB{:05d}.006.png", "chip{}_000.png", "run2_{:04d}_v3.png", "a/9/x{}.tif",
+    "2024-11-05 {:06d} (1).png", "0{}.jpeg", "{}{{}}.png",
+])  # fmt: skip
+def test_the_frame_number_is_the_run_of_digits_that_differs(pattern):
+    numbers = np.random.default_rng(0).permutation(np.r_[3:40, 900:950, 100_000:100_020])
+    names = [pattern.format(number) for number in numbers]
+    np.testing.assert_array_equal(np.argsort(chip_numbers(names)), np.argsort(numbers))
+    assert np.ptp(chip_numbers(names)) == np.ptp(numbers) and choose_clustering("both", names) == "both"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    numbers=st.lists(st.integers(0, 10**9), min_size=2, unique=True), width=st.integers(1, 12),
+    words=st.lists(st.text("abcXYZ_-. ", min_size=1), min_size=3, max_size=3),
+    fixed=st.lists(st.integers(0, 10**20), min_size=2, max_size=2),
+)  # fmt: skip
+def test_fixed_digits_before_and_behind_the_number_do_not_matter(numbers, width, words, fixed):
+    names = [f"{words[0]}{fixed[0]}{words[1]}{n:0{width}d}{words[2]}{fixed[1]}.png" for n in numbers]
+    np.testing.assert_array_equal(chip_numbers(names), numbers)
+    order = np.random.default_rng(0).permutation(len(names))
+    np.testing.assert_array_equal(chip_numbers([names[i] for i in order]), np.array(numbers)[order])
+
+
+def test_of_several_runs_that_differ_the_one_with_most_values_counts_and_of_equal_ones_the_last():
+    names = [f"HB{n:05d}.{n % 7:03d}.png" for n in range(1001, 1041)]
+    assert chip_numbers(names).tolist() == list(range(1001, 1041))
+    assert chip_numbers([f"{9 - n}_{n}.png" for n in range(5)]).tolist() == [0, 1, 2, 3, 4]
+    assert chip_numbers(["Gotcha5.png", "Gotcha6 (1).png", "Gotcha7_v1.png"]).tolist() == [5, 6, 7]
+    assert chip_numbers(["1.png", "9" * 40 + ".png"]).tolist() == [1, 10**18 - 1]
+
+
+HASHES = [hashlib.md5(str(i).encode()).hexdigest() for i in range(200)]
+NO_FRAME_NUMBERS = [
+    ("the file names have no common pattern", [f"{name}.png" for name in HASHES]),
+    ("the file names have no common pattern", [f"{name[:8]}.png" for name in HASHES]),
+    ("80 of 80 chips have the same number as another one (run1_0.png, run2_0.png)",
+     [f"run{run}_{n}.png" for n in range(40) for run in (1, 2)]),
+    ("40 of 40 chips have the same number as another one", [f"chip_{n % 4}.png" for n in range(40)]),
+    ("one sequence would hold 300 of 300 chips (SEQUENCE_GAP=100)", [f"chip{n}_000.png" for n in range(1001, 1301)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["both", "sequence"])
+@pytest.mark.parametrize("reason, names", NO_FRAME_NUMBERS)
+def test_without_frame_numbers_each_chip_is_alone_and_a_sentence_says_why(capsys, by, reason, names):
+    assert choose_clustering(by, names) == "none"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"CLUSTER_BY={by} is not used, each chip is predicted by itself: {reason}")
+    assert printed.count("\n") == 1
+    for other in ("features", "none"):
+        assert choose_clustering(other, names) == other
+    assert not capsys.readouterr().out
+
+
+def test_numbers_that_are_frame_numbers_are_used_in_silence(capsys):
+    scenes_of_many = [f"Gotcha{start + i}.png" for start in range(0, 9000, 300) for i in range(20)]
+    one_short_scene = [f"Gotcha{i}.png" for i in range(20)]
+    one_number_twice = [*scenes_of_many, "SAR_7.png", "Gotcha0099.png"]
+    for names in (scenes_of_many, one_short_scene, one_number_twice, ["Gotcha1.png"], []):
+        assert choose_clustering("both", names) == "both"
+    assert not capsys.readouterr().out
+    assert choose_clustering("sequence", scenes_of_many, sequence_gap=281) == "none"
 
 
 @pytest.mark.parametrize("by", ["both", "sequence"])
 def test_names_without_numbers_are_refused_by_name(by):
     names = ["Gotcha1.png", "folder3/chip.png", "other.png"]
-    with pytest.raises(ValueError, match=r"folder3/chip\.png.*features"):
-        cluster_chips(np.ones((3, 2)), names, by)
+    for refused in (lambda: cluster_chips(np.ones((3, 2)), names, by), lambda: choose_clustering(by, names)):
+        with pytest.raises(ValueError, match=r"folder3/chip\.png.*features"):
+            refused()
     assert len(cluster_chips(np.ones((3, 2)), names, "features")) == 3
 
 

@@ -63,10 +63,11 @@ def test_views_are_those_of_the_checkpoint_until_others_are_set(make_checkpoint,
 
 def test_a_member_predicts_in_its_views_or_in_others(make_checkpoint, chips):
     (member,) = load_members(make_checkpoint(), CPU)
-    stores = {32: ChipStore(chips, CPU)}
+    store = ChipStore(chips, CPU)
+    stores = {member.reading: store}
     results = [member.output(stores, views=views) for views in (None, IDENTITY)]
     for views, output in zip((member.views, IDENTITY), results, strict=True):
-        logits, features = predict(member.model, stores[32], 40, (0.4, 0.15), views)
+        logits, features = predict(member.model, store, 40, (0.4, 0.15), views)
         torch.testing.assert_close((output.logits, output.features), (logits, features))
         torch.testing.assert_close(output.head(features), logits, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(results[0].logits, results[1].logits)

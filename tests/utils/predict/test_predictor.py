@@ -70,6 +70,22 @@ def test_members_with_other_chip_sides_and_backbones_predict_together(make_check
     np.testing.assert_allclose(both.confidence, (one.confidence + two.confidence) / 2, atol=1e-5)
 
 
+def test_chips_of_more_than_8_bits_are_read_through_the_checkpoint_s_range(make_checkpoint, chips, tmp_path):
+    expected = Predictor.load(make_checkpoint("flat.pt"))(chips)
+    predictor = Predictor.load(make_checkpoint("deep.pt", grey_range=(-20.0, 235.0)))
+    deep = chips.astype(np.float32) - 20
+    paths = [tmp_path / f"{i}.npy" for i in range(5)]
+    for path, chip in zip(paths, deep, strict=True):
+        np.save(path, chip)
+    images = [Image.fromarray(chip) for chip in deep]
+    for several in (deep, list(deep), paths, images, deep.astype(np.int16), deep.astype(float), chips):
+        same(predictor(several), expected)
+    both = Predictor.load([tmp_path / "flat.pt", tmp_path / "deep.pt"])
+    with pytest.raises(ValueError, match=r"image 0 is an array float32 \[32, 32\]"):
+        both(deep)
+    same(both(chips), Predictor.load([tmp_path / "flat.pt"] * 2)(chips))
+
+
 @pytest.mark.parametrize("images, message", [
     ([], "no images"),
     (np.zeros((4, 4)), r"float64 \[4, 4\]"),

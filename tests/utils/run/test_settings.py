@@ -71,6 +71,20 @@ def test_wrong_settings(script, argument, message):
         read_settings(script, [argument])
 
 
+@pytest.mark.parametrize("text, value", [
+    ("", ()), ("0,4095", (0.0, 4095.0)), ("(-30.5, 1e3)", (-30.5, 1000.0)), ("x,1", "a number, not 'x'"),
+    ("1", None), ("2,1", None), ("1,1", None), ("0,1,2", None), ("0,1e400", None), ("-1e400,0", None),
+])  # fmt: skip
+def test_grey_range_is_empty_or_two_finite_numbers(tmp_path, text, value):
+    (tmp_path / "script.py").write_text("GREY_RANGE = ()\n")
+    script = runpy.run_path(str(tmp_path / "script.py"))
+    if isinstance(value, tuple):
+        assert read_settings(script, [f"GREY_RANGE={text}"]) == {"GREY_RANGE": value}
+        return
+    with pytest.raises(SettingError, match=f"GREY_RANGE is {value or 'empty, or two numbers'}"):
+        read_settings(script, [f"GREY_RANGE={text}"])
+
+
 def test_strings_are_taken_as_they_are():
     assert parse("ROOT", "../a b/[c]", "") == "../a b/[c]"
 
