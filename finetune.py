@@ -70,8 +70,6 @@ def main():
     if NEW_HEAD:
         model.head.reset_parameters()
     chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, source["grey_range"])
-    if not run.begin(made_from(__file__, pairs, [chips], source=source)):
-        return run.announce("results.py", "CHECKPOINT")
     train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (sar,) = place_stores(budget, chips)
@@ -83,9 +81,18 @@ def main():
     paths = [pairs.sar[i] for i in train]
     batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
+    scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
+    contents = source | {
+        "data_root": root, "views": tuple((view, scale) for scale in scales for view in range(views)),
+    }  # fmt: skip
+    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
+    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
+    validate = Validation(*(labelled or held_out_chips), size, grey)
+    if not run.begin(made_from(__file__, pairs, [chips], labelled, source=source)):
+        return run.announce("results.py", "CHECKPOINT")
+
     # The frozen backbone gives the same features in every epoch: they are computed once, at every
     # scale that the student knows. A step takes one of them, or the head would forget the others.
-    scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
     fitted_on = few_of_each(labels, OOD_CHIPS)  # the chips that the OOD scores are fitted on
     of_rank = fitted_on[share_of_rank(len(fitted_on))]
     in_views = [(of_rank, np.full(len(of_rank), view)) for view in range(views)]
@@ -101,19 +108,13 @@ def main():
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()
     counts = np.bincount(labels, minlength=len(pairs.classes))
+    contents["ood"] = fit_scores(mean, labels[fitted_on], counts, BACKGROUND)
 
     def loss_of(batch):
         at_scale = features[batch.step % len(scales)]
         logits = model.head(at_scale(batch.indices, batch.host_views % views))
         return focal_loss(logits, batch.labels, GAMMA), logits, batch.labels
 
-    contents = source | {
-        "ood": fit_scores(mean, labels[fitted_on], counts, BACKGROUND), "data_root": root,
-        "views": tuple((view, scale) for scale in scales for view in range(views)),
-    }  # fmt: skip
-    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
-    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips), size, grey)
     if COMPILE:
         compile_backbone(model, device)
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, seed=SEED, optimizer=OPTIMIZER)

@@ -77,8 +77,6 @@ def main():
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
     grey_range = choose_grey_range(paths, GREY_RANGE)
     chips = open_store(paths, STORE_DIR, SKIP_BAD, grey_range=grey_range)
-    if not run.begin(made_from(__file__, pairs, [chips], WEIGHTS)):
-        return run.announce(*following)
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
     grey = grey_statistics(chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
@@ -107,9 +105,11 @@ def main():
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
-    labelled = SENSOR == "SAR" and labelled_chips(DATA_ROOT, contents, budget, STORE_DIR, SKIP_BAD)
+    labelled = labelled_chips(DATA_ROOT, contents, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     held_out_chips = store.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
+    if not run.begin(made_from(__file__, pairs, [chips], labelled, WEIGHTS)):
+        return run.announce(*following)
     if COMPILE:
         compile_backbone(model, device)
     learner = Learner(model, loss_of, batches, optimization)

@@ -18,8 +18,10 @@ from utils.predict.tta import IDENTITY
 from utils.report.metrics import undefined
 from utils.report.page import remove_old_scores, save_scores, table, write_report
 from utils.report.prediction import Prediction
-from utils.run.device import choose_device
-from utils.run.ranks import rank
+from utils.run.checkpoint import choose_data_root
+from utils.run.device import choose_device, compile_backbone
+from utils.run.lock import refuse_second_start
+from utils.run.ranks import on_rank_0, rank
 from utils.run.settings import read_settings
 from utils.run.start import run
 
@@ -52,6 +54,7 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 def main():
     settings = read_settings(globals())
     device = choose_device(DEVICE)
+    on_rank_0(lambda: refuse_second_start(OUT_DIR))
     members = set_views(load_members(CHECKPOINT, device), ROTATIONS, SCALES, TTA)
     score = choose_score(OOD_SCORE, members)
     pipeline = PipelineSettings(
@@ -61,7 +64,7 @@ def main():
 
     # Chips: names and reference are checked before the long work.
     first = members[0].checkpoint
-    folder = Path(TEST_DIR) if TEST_DIR else find_test(DATA_ROOT or first["data_root"])
+    folder = Path(TEST_DIR or find_test(choose_data_root(DATA_ROOT, first, CHECKPOINT)))
     paths, truth = read_chips(folder, first["classes"], first["class_ids"])
     cluster_by = choose_clustering(CLUSTER_BY, [path.name for path in paths], SEQUENCE_GAP)
     pipeline = replace(pipeline, cluster_by=cluster_by)
@@ -76,7 +79,7 @@ def main():
     # Prediction: all ranks run the networks, rank 0 goes on alone.
     if COMPILE:
         for member in members:
-            member.model.backbone.compile()
+            compile_backbone(member.model, device)
     one_view = [member.output(stores, BATCH_SIZE, IDENTITY) for member in members if truth]
     started = time.perf_counter()
     outputs = [member.output(stores, BATCH_SIZE, progress="predict") for member in members]

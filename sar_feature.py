@@ -92,8 +92,6 @@ def main():
     grey_range = choose_grey_range(pairs.sar, GREY_RANGE)
     eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
     sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, grey_range=grey_range)
-    if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], INIT, source)):
-        return run.announce("finetune.py", "STUDENT")
     bad = unreadable(eo_chips), unreadable(sar_chips)
     train, held_out = stratified_split(pairs.labels, source["val_fraction"], *bad)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
@@ -143,6 +141,8 @@ def main():
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, sar_grey)
+    if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], labelled, INIT, source)):
+        return run.announce("finetune.py", "STUDENT")
     if COMPILE:
         compile_backbone(student, device)
     learner = Learner(student, loss_of, batches, optimization, also_trained=[project])

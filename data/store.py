@@ -100,7 +100,7 @@ def unreadable(chips):
 
 
 def store_digest(chips):
-    """Digest, a hex string, of the pixels of an array of `open_store`.
+    """Digest, a hex string, of the pixels of an array of `open_store`, or of the ChipStore that holds it.
 
     It is equal for equal pixels in equal order, whatever the files are called. It was computed when the
     files were decoded, so that it costs nothing here.
@@ -235,6 +235,7 @@ class ChipStore:
     def __init__(self, chips, device, memory="device"):
         self.device, self.memory = device, memory
         self.indices = np.arange(len(chips))  # which rows of `chips` this store, or subset, has
+        self.filename = getattr(chips, "filename", None)  # of the decoded chips on disk
         self.mapping, self.read = chips.base, 0
         self.chips = torch.from_numpy(chips)
         if memory == "device":

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["data", "timm", "utils.train.loop", "utils.train.learner", "data.demo", "pytest", "tests.conftest"]
-)
+    ["data", "pretrain", "sar_feature", "finetune", "results", "torch._dynamo", "sklearn.manifold", "scipy.stats",
+     "utils.predict.clusters", "utils.report.curves", "utils.report.page", "pytest", "tests.conftest"]
+)  # fmt: skip
 TINY = {"sedan": 48, "SUV": 24, "van": 12, "bus": 6}
 
 

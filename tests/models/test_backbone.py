@@ -64,7 +64,10 @@ def takes_and_uses_all_pixels(model, side):
     return True
 
 
-@pytest.mark.parametrize("name", SMALL)
+QUICK = ("test_resnet", "test_vit", "test_convnext")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
 def test_images_are_resized_to_the_nearest_size_that_the_backbone_takes(name):
     for image_size, sides in SIDES.items():
         model = Classifier(name, 3, image_size).check_sizes(sides)
@@ -114,6 +117,7 @@ def test_finding_a_size_changes_nothing_else():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_backbone_of_one_size_gets_it_for_all_images():
     model = Classifier("efficientformer_l1", 3, 56)
     assert {model.input_size(side) for side in (49, 56, 63, 300)} == {224}

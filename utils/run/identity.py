@@ -24,12 +24,13 @@ NAMES = {
 }
 
 
-def made_from(script, pairs, chips, weights="", source=None):
+def made_from(script, pairs, chips, labelled=None, weights="", source=None):
     """Digests of what a run is made from.
 
     Args:
         script: file of the script.
         pairs: `data.layouts.Pairs` that it trains on; chips: their stores, of `data.store.open_store`.
+        labelled: (ChipStore, labels) of the labelled chips that choose the best epoch; None without.
         weights: value of WEIGHTS or INIT.
         source: checkpoint of the stage before, or None.
 
@@ -37,6 +38,9 @@ def made_from(script, pairs, chips, weights="", source=None):
         {name: hex string}, names as in `NAMES`.
     """
     data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
+    if labelled:
+        store, labels = labelled
+        data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]
     digests = {"data": digest(*data), "code": source_digest(script)}
     if weights not in WORDS:
         digests["weights"] = digest(Path(weights).read_bytes())

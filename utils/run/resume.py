@@ -65,6 +65,7 @@ class Run:
         return on_rank_0(self._begin)
 
     def _begin(self):
+        remove_temporary(self.out_dir)
         if self.earlier is None:
             if any(self.out_dir.glob("last*.pt")):
                 self.set_aside = "RESUME=False, or no readable checkpoint"
@@ -105,7 +106,6 @@ class Run:
         return state["history"], state["best"], state["step"]
 
     def _prepare_folder(self):
-        remove_temporary(self.out_dir)
         if self.set_aside:
             _set_aside(self.out_dir, self.set_aside)
             return None
