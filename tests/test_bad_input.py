@@ -180,11 +180,10 @@ def bad(name, change, command, message):
 
 
 def good(name, change, command, message, holds=None):
-    return pytest.param(change, command, message, False, holds, id=name)
-
-
-def slow_good(name, change, command, message, holds=None):
-    return pytest.param(change, command, message, False, holds, id=name, marks=pytest.mark.slow)
+    # A training run draws its curves, which takes a second.
+    trains = command.split()[0] in list(QUICK)[:3]
+    marks = pytest.mark.slow if trains else ()
+    return pytest.param(change, command, message, False, holds, id=name, marks=marks)
 
 
 def submitted():
@@ -238,7 +237,7 @@ CASES = [
         "pretrain.py", "none is left to validate on; add chips"),
     bad("one class alone", remove(*(f"data/{s}/{c}" for s in SENSORS for c in CLASSES[1:])), "pretrain.py",
         "there is one class alone, sedan; a classifier needs two"),
-    slow_good("1,001 classes", classes(1001), "pretrain.py BATCH_SIZE=256", "next: python sar_feature.py"),
+    good("1,001 classes", classes(1001), "pretrain.py BATCH_SIZE=256", "next: python sar_feature.py"),
 
     # Files of chips
     bad("zero bytes, cut off, no image",

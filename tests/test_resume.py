@@ -143,6 +143,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(pipeline, t
 SMALL = ["EPOCHS=2", "BATCH_SIZE=16", "IMAGE_SIZE=16", "TRAIN_SCALES=1"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
     """The same one is not trained again, wherever its data lies; another one is, and the earlier one is kept."""
     shutil.copytree(tiny_demo, tmp_path / "here")
@@ -213,6 +214,7 @@ def test_other_code_is_another_run(tiny_demo, tmp_path):
     assert "the source code has changed since this run was started" in printed and "goes on from step 4" in printed
 
 
+@pytest.mark.slow
 def test_a_second_start_in_one_folder_is_refused(tiny_demo, tmp_path):
     settings = [f"DATA_ROOT={tiny_demo}", *SMALL]
     (tmp_path / "runs").mkdir()
@@ -223,6 +225,7 @@ def test_a_second_start_in_one_folder_is_refused(tiny_demo, tmp_path):
     must(run_script("pretrain.py", tmp_path, *settings))
 
 
+@pytest.mark.slow
 def test_the_next_command_takes_what_was_made(tiny_demo, tmp_path):
     settings = [f"DATA_ROOT={tiny_demo}", *SMALL]
     printed = must(run_script("pretrain.py", tmp_path, *settings, "OUT_DIR=my runs/a"))

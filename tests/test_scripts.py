@@ -20,6 +20,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 STAGES = ("pretrain", "sar_feature", "finetune")
 
 
@@ -205,7 +210,7 @@ def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
     assert not same(teachers[0].state_dict(), load(cwd / "other/last.pt")["model"])
 
 
-@pytest.mark.parametrize("extra", [[], ["FEATURE_WEIGHT=1", "LABEL_WEIGHT=0"]])
+@pytest.mark.parametrize("extra", [slow([]), slow(["FEATURE_WEIGHT=1", "LABEL_WEIGHT=0"])])
 def test_the_cached_teacher_makes_the_same_student(pipeline, extra):
     """To within the half precision in which its answers are kept."""
     cwd, _ = pipeline
@@ -219,7 +224,7 @@ def test_the_cached_teacher_makes_the_same_student(pipeline, extra):
     assert apart < 0.02 * moved, (apart, moved)
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "sar_feature.py", "finetune.py"])
+@pytest.mark.parametrize("script", [slow("pretrain.py"), slow("sar_feature.py"), "finetune.py"])
 def test_the_weights_are_the_same_wherever_the_chips_are_kept(pipeline, tiny_demo, script):
     cwd, _ = pipeline
     for out, memory in (("near", 0), ("far", 1e-6)):
@@ -229,7 +234,7 @@ def test_the_weights_are_the_same_wherever_the_chips_are_kept(pipeline, tiny_dem
 
 
 @pytest.mark.parametrize(
-    "script, extra", [("pretrain.py", ["EMA=0.9"]), ("sar_feature.py", []), ("finetune.py", [])]
+    "script, extra", [("pretrain.py", ["EMA=0.9"]), slow("sar_feature.py", []), slow("finetune.py", [])]
 )
 def test_the_seed_fixes_every_bit(pipeline, tiny_demo, script, extra):
     cwd, _ = pipeline
@@ -240,6 +245,7 @@ def test_the_seed_fixes_every_bit(pipeline, tiny_demo, script, extra):
     assert same(one, two) and not same(one, three)
 
 
+@pytest.mark.slow
 def test_another_student_with_feature_distillation(pipeline):
     cwd, _ = pipeline
     settings = ["BACKBONE=test_byobnet", "INIT=", "FEATURE_WEIGHT=0.5", "EPOCHS=1", "OUT_DIR=student"]
@@ -259,7 +265,7 @@ def test_another_student_with_feature_distillation(pipeline):
 ])  # fmt: skip
 def test_results_in_other_ways(pipeline, settings):
     cwd, _ = pipeline
-    out = must(run_script("results.py", cwd, "OUT_DIR=other_results", "SCALES=1", *settings))
+    out = must(run_script("results.py", cwd, "OUT_DIR=other_results", "SCALES=1", "REPORT=False", *settings))
     assert "total" in out
     if "CLUSTER_BY=none" in settings:
         steps = list(csv.DictReader(open(cwd / "other_results/steps.csv")))
@@ -275,7 +281,8 @@ def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, 
     process = run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed")
     assert process.returncode == 1 and "has no number in its name" in process.stderr
     assert "predict" not in process.stderr
-    must(run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed", "CLUSTER_BY=features"))
+    settings = ["OUT_DIR=unnamed", "CLUSTER_BY=features", "REPORT=False"]
+    must(run_script("results.py", cwd, f"TEST_DIR={tmp_path}", *settings))
     rows = list(csv.DictReader(open(cwd / "unnamed/results.csv")))
     assert [row["image_id"] for row in rows] == ["a", "b", "c d"]
 
@@ -284,8 +291,8 @@ def test_plain_sar_baseline(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = ["SENSOR=SAR", "GAMMA=0", "BALANCE=0", "EPOCHS=1", "OUT_DIR=plain", f"DATA_ROOT={tiny_demo}"]
     must(run_script("pretrain.py", cwd, *settings))
-    must(run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results"))
-    settings = ["CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "OOD_SCORE=knn"]
+    must(run_script("results.py", cwd, "CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "REPORT=False"))
+    settings = ["CHECKPOINT=plain/best.pt", "OUT_DIR=plain_results", "REPORT=False", "OOD_SCORE=knn"]
     process = run_script("results.py", cwd, *settings)
     assert process.returncode == 1 and "knn" in process.stderr
 

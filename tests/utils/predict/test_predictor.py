@@ -97,6 +97,7 @@ def test_what_is_no_image_is_refused(make_checkpoint, images, message):
         Predictor.load(make_checkpoint())(images)
 
 
+@pytest.mark.slow
 def test_the_training_loop_imports_neither_matplotlib_nor_clustering():
     slow = {"matplotlib", "sklearn.manifold", "sklearn.cluster"}
     code = f"import sys, utils.train.loop; print({slow} & set(sys.modules))"

@@ -75,6 +75,7 @@ def test_names_without_frame_numbers_give_each_chip_its_own_prediction(results, 
     assert scores == results(tiny_demo / "val", "CLUSTER_BY=none")[1]
 
 
+@pytest.mark.slow
 def test_signed_16_bit_arrays_train_and_predict_as_the_8_bit_files_that_they_were_made_from(
     pipeline, results, tiny_demo, tmp_path
 ):

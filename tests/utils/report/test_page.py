@@ -55,7 +55,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("options", "expected"), CASES.values(), ids=CASES)
+QUICK = ("no truth", "one chip")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_what_a_prediction_lacks_is_left_out(tmp_path, options, expected):
     prediction = make_prediction(**options)
     page, pictures = report(tmp_path, prediction)

@@ -149,6 +149,7 @@ def test_printable_names():
     assert pictures.printable(["a$b", "caf\udce9", "ü"]) == [r"a\$b", "caf?", "ü"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nonsense", "module://not_installed"])
 def test_any_mplbackend(tmp_path, backend):
     """Curves and report need no backend; the one that the user asks for stays as it is."""
