@@ -38,9 +38,11 @@ SMALL = {
 # One of each further kind of timm's image classifiers, a small one of its family.
 KINDS = (
     "resnet10t", "convnext_atto", "efficientnet_lite0", "deit_tiny_distilled_patch16_224",
-    "swin_tiny_patch4_window7_224", "mixer_s32_224", "maxvit_nano_rw_256",
-    "coatnet_pico_rw_224", "levit_128s", "regnety_002", "mobilenetv3_small_050", "densenet121", "efficientformerv2_s0", "poolformer_s12", "cait_xxs24_224", "xcit_nano_12_p16_224", "pvt_v2_b0", "twins_pcpvt_small", "gcvit_xxtiny", "nest_tiny", "mobilevit_xxs",
-    "edgenext_xx_small", "ghostnet_050", "vgg11", "resmlp_12_224", "mobileone_s0",
+    "swin_tiny_patch4_window7_224", "mixer_s32_224", "maxvit_nano_rw_256", "coatnet_pico_rw_224",
+    "levit_128s", "regnety_002", "mobilenetv3_small_050", "densenet121", "efficientformerv2_s0",
+    "poolformer_s12", "cait_xxs24_224", "xcit_nano_12_p16_224", "pvt_v2_b0", "twins_pcpvt_small",
+    "gcvit_xxtiny", "nest_tiny", "mobilevit_xxs", "edgenext_xx_small", "ghostnet_050", "vgg11",
+    "resmlp_12_224", "mobileone_s0",
 )  # fmt: skip
 
 
