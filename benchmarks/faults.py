@@ -176,7 +176,7 @@ def full_disks():
         output_of(start(script, f"OUT_DIR={out}"))
         yield is_refused and intact and as_undisturbed(script, out)
     before = contents("undisturbed/results.py")
-    is_refused = refused(start("results.py", *results_settings, limit=500))
+    is_refused = refused(start("results.py", *results_settings, limit=1000))
     yield is_refused and contents("undisturbed/results.py") == before
     is_refused = refused(start("pretrain.py", "STORE_DIR=new", "OUT_DIR=new", limit=50_000))
     yield is_refused and not list(Path("new").glob("*.npy")) and not list(Path("new").glob("*.part"))
