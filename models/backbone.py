@@ -246,7 +246,7 @@ def _source(name, expected, weights):
     if weights == "timm":
         return {"pretrained": True}
     try:
-        state = dict(load_state_dict(weights))
+        state = dict(load_state_dict(weights, weights_only=True))  # timm's default was False once
         state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
     except FileNotFoundError as error:
         raise BackboneError(f"there is no weights file {weights}; correct WEIGHTS") from error

@@ -41,7 +41,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def stopped(script, cwd, step, number, *settings):
     """The process of a script that is sent a signal at a step."""
-    return run_python(cwd, "-c", STOPPED, step, number, ROOT / script, *settings)
+    return run_python(cwd, "-c", STOPPED, step, int(number), ROOT / script, *settings)
 
 
 def model(path):
