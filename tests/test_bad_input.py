@@ -175,8 +175,8 @@ def without_permission():
         os.seteuid(user)
 
 
-def bad(name, change, command, message):
-    return pytest.param(change, command, message, True, None, id=name)
+def bad(name, change, command, message, marks=()):
+    return pytest.param(change, command, message, True, None, id=name, marks=marks)
 
 
 def good(name, change, command, message, holds=None):
@@ -374,9 +374,9 @@ CASES = [
     *(bad(f"{key} is missing", edit(STUDENT, **{key: None}), "finetune.py",
         "not a checkpoint") for key in KEYS),
     *(bad(f"{key} is a tensor", edit(STUDENT, **{key: torch.ones(3)}), "finetune.py",
-        "not a checkpoint") for key in KEYS),
+        "not a checkpoint", pytest.mark.slow) for key in KEYS),
     *(bad(f"{key} is nan", edit(STUDENT, **{key: float("nan")}), "finetune.py",
-        "not a checkpoint") for key in KEYS),
+        "not a checkpoint", pytest.mark.slow) for key in KEYS),
     bad("fit on other features", edit(FINAL, ood={"gaussian_energy": {"white": torch.ones(2, 2)}}), "results.py",
         f"{FINAL}"),
     bad("weights that are not finite", edit(STUDENT, model={"head.weight": torch.full((2, 2), torch.nan)}),

@@ -224,7 +224,7 @@ def test_the_cached_teacher_makes_the_same_student(pipeline, extra):
     assert apart < 0.02 * moved, (apart, moved)
 
 
-@pytest.mark.parametrize("script", [slow("pretrain.py"), slow("sar_feature.py"), "finetune.py"])
+@pytest.mark.parametrize("script", [slow("pretrain.py"), slow("sar_feature.py"), slow("finetune.py")])
 def test_the_weights_are_the_same_wherever_the_chips_are_kept(pipeline, tiny_demo, script):
     cwd, _ = pipeline
     for out, memory in (("near", 0), ("far", 1e-6)):
@@ -234,7 +234,7 @@ def test_the_weights_are_the_same_wherever_the_chips_are_kept(pipeline, tiny_dem
 
 
 @pytest.mark.parametrize(
-    "script, extra", [("pretrain.py", ["EMA=0.9"]), slow("sar_feature.py", []), slow("finetune.py", [])]
+    "script, extra", [slow("pretrain.py", ["EMA=0.9"]), slow("sar_feature.py", []), slow("finetune.py", [])]
 )
 def test_the_seed_fixes_every_bit(pipeline, tiny_demo, script, extra):
     cwd, _ = pipeline

@@ -112,6 +112,7 @@ def test_files_of_scores(tmp_path):
     assert np.array_equal([[int(cell) for cell in row[1:]] for row in rows], prediction.confusion)
 
 
+@pytest.mark.slow
 def test_old_scores_are_removed_and_nothing_else(tmp_path):
     prediction = make_prediction()
     write_report(tmp_path, prediction)
