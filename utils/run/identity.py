@@ -19,7 +19,7 @@ WORDS = {"", "timm", "teacher"}  # values of WEIGHTS and INIT that are no files
 NAMES = {
     "data": "the data (pixels, labels or class names)",
     "checkpoint": "the checkpoint of the stage before",
-    "weights": "the file of initial weights",
+    "weights": "the initial weights (WEIGHTS or INIT)",
     "code": "the source code",
 }
 
@@ -35,15 +35,14 @@ def made_from(script, pairs, chips, labelled=None, weights="", source=None):
         source: checkpoint of the stage before, or None.
 
     Returns:
-        {name: hex string}, names as in `NAMES`.
+        {name: hex string, or word of `WORDS`}, names as in `NAMES`.
     """
     data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
     if labelled:
         store, labels = labelled
         data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]
     digests = {"data": digest(*data), "code": source_digest(script)}
-    if weights not in WORDS:
-        digests["weights"] = digest(Path(weights).read_bytes())
+    digests["weights"] = weights if weights in WORDS else digest(Path(weights).read_bytes())
     if source is not None:
         digests["checkpoint"] = checkpoint_digest(source)
     return digests

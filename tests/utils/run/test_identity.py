@@ -1,7 +1,9 @@
 """What a run is made from goes by content: a changed pixel, label, weight or line of code is another run."""
 
-from utils.run.identity import checkpoint_digest, digest, source_digest
+from data.layouts import Pairs
+from utils.run.identity import checkpoint_digest, digest, made_from, source_digest
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +54,13 @@ def test_code_is_what_a_stage_runs(project, path, before, after, other):
     assert before in text
     (project / path).write_text(text.replace(before, after))
     assert (source_digest(project / "script.py") != digest_before) == other
+
+
+def test_initial_weights_are_told_apart_by_their_word_or_their_content(project):
+    pairs = Pairs([], [], np.zeros(0, np.int64), ("a", "b"), (0, 1))
+    for name, content in (("one.pt", b"1"), ("same.pt", b"1"), ("other.pt", b"2")):
+        (project / name).write_bytes(content)
+    weights = ["", "timm", "teacher", *(str(project / f"{name}.pt") for name in ("one", "other"))]
+    entries = [made_from(project / "script.py", pairs, [], weights=value) for value in weights]
+    assert len({entry["weights"] for entry in entries}) == len(weights)
+    assert made_from(project / "script.py", pairs, [], weights=str(project / "same.pt")) == entries[3]

@@ -96,11 +96,11 @@ def test_help_shows_the_constants_with_their_comments(script, capsys):
 
 
 def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch")
     (tmp_path / "script.py").write_text("OUT_DIR = '~/runs'\nTEACHER = ''\nNAME = '~'\n")
     settings = read_settings(runpy.run_path(str(tmp_path / "script.py")), ["TEACHER=$SCRATCH/best.pt"])
-    assert settings == {"OUT_DIR": "/home/someone/runs", "TEACHER": "/scratch/best.pt", "NAME": "~"}
+    assert settings == {"OUT_DIR": f"{tmp_path}/runs", "TEACHER": "/scratch/best.pt", "NAME": "~"}
 
 
 @pytest.mark.parametrize("name", sorted({n for p in SCRIPTS for n in _constants(p)}))
