@@ -13,7 +13,7 @@ from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
-from utils.predict.tta import scaled, view_features
+from utils.predict.tta import IDENTITY, all_views, scaled, view_features
 from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
@@ -82,9 +82,7 @@ def main():
     batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
-    contents = source | {
-        "data_root": root, "views": tuple((view, scale) for scale in scales for view in range(views)),
-    }  # fmt: skip
+    contents = source | {"data_root": root, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, grey)

@@ -3,7 +3,7 @@
 python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
 """
 
-from data.augment import VIEWS, Augmentation
+from data.augment import Augmentation
 from data.batches import Batches
 from data.demo import ensure_demo
 from data.layouts import find_pairs
@@ -11,7 +11,7 @@ from data.sampler import WeightedStream, stratified_split
 from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
-from utils.predict.tta import scaled
+from utils.predict.tta import all_views, scaled
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
 from utils.run.ranks import rank, sum_over_ranks, world_size
@@ -100,7 +100,7 @@ def main():
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
-        "grey": grey, "scales": TRAIN_SCALES, "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
+        "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)

@@ -3,7 +3,7 @@
 python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png
 """
 
-from data.augment import VIEWS, Augmentation
+from data.augment import Augmentation
 from data.batches import Batches
 from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
@@ -11,7 +11,7 @@ from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_st
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
-from utils.predict.tta import autocast, scaled, view_features
+from utils.predict.tta import all_views, scaled, view_features
 from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
@@ -106,8 +106,7 @@ def main():
     def ask_teacher(indices, views):
         """The teacher's features and logits side by side, [B, D + C]; the logits alone if only they are needed."""
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
-        with autocast(device):
-            logits = teacher.head(features)
+        logits = teacher.head(features)
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -135,7 +134,7 @@ def main():
     contents = source | {
         "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "scales": TRAIN_SCALES,
-        "views": tuple((view, s) for s in TRAIN_SCALES for view in range(VIEWS)),
+        "views": all_views(TRAIN_SCALES),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)

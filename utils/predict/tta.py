@@ -35,6 +35,11 @@ def tta_views(rotations, scales):
     return tuple((flip + k, s) for s in dict.fromkeys(scales) for flip in (0, 4) for k in turns)
 
 
+def all_views(scales):
+    """All flips and quarter turns at these scales, as `tta_views` gives them."""
+    return tta_views((0, 90, 180, 270), scales)
+
+
 def replace_views(views, rotations=(), scales=()):
     """`views` with other rotations or other scales.
 
@@ -114,8 +119,7 @@ def _forward(model, chips, turns, size, grey):
     """Logits [B, C] and features [B, D] of chips [B, S, S], each summed over the views `turns`."""
     views = turns.repeat_interleave(len(chips))
     features = _features(model, chips.repeat(len(turns), 1, 1), views, size, grey)
-    with autocast(chips.device):
-        logits = model.head(features)
+    logits = model.head(features)
     return tuple(x.float().unflatten(0, (len(turns), -1)).sum(0) for x in (logits, features))
 
 
