@@ -12,11 +12,13 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path, wait=True):
     """Hold the lock file `path`; a process that finds it locked waits until it is free.
 
     The operating system frees the lock when its process ends, also when it is killed. The file stays.
     If the file system has no locks, a sentence says so, and the work goes on without a lock.
+
+    wait: False raises filelock's Timeout where another process holds it.
 
     Raises:
         OSError: the lock file cannot be written.
@@ -24,7 +26,7 @@ def locked(path):
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     if has_locks(folder):
-        with FileLock(path):
+        with FileLock(path, timeout=-1 if wait else 0):
             yield
     else:
         print(f"the file system of {folder} has no locks: do not start two runs that use it at the same time")

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import PurePath
 
 from data.errors import named
+from utils.run.rules import CLUSTER_BY as BY
 from utils.run.settings import SettingError
 
 import numpy as np
@@ -21,8 +22,6 @@ from sklearn import config_context
 from sklearn.cluster import AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
-
-BY = ("features", "sequence", "both", "none")
 
 LARGE = 1000  # chips above which clustering works on mini-batches and the silhouette on a sample
 PATCH = 5  # chips of a patch: few enough neighbours in feature space to show one vehicle

@@ -1,11 +1,10 @@
 """The vote that gives every chip of a cluster the winner's label."""
 
+from utils.run.rules import VOTE as HOW
 from utils.run.settings import SettingError
 
 import numpy as np
 from scipy.special import log_softmax, softmax
-
-HOW = ("hard", "soft", "product")
 
 
 def vote(logits, clusters, how="hard", min_share=0.0):

@@ -3,10 +3,10 @@
 import contextlib
 import os
 
-from data.lock import has_locks
+from data.lock import locked
 from utils.run.settings import SettingError
 
-import filelock
+from filelock import Timeout
 
 held = contextlib.ExitStack()  # locks until the script ends; closed by `utils.run.start.run`
 out_dirs = []  # output folders of this script
@@ -19,15 +19,11 @@ def refuse_second_start(out_dir):
         SettingError: another process holds it.
     """
     out_dirs.append(out_dir)
-    path = f"{os.path.normpath(out_dir)}.lock"
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
     try:
-        if has_locks(folder):
-            held.enter_context(filelock.FileLock(path, timeout=0))
+        held.enter_context(locked(f"{os.path.normpath(out_dir)}.lock", wait=False))
     except PermissionError:  # the folder above may be closed, and OUT_DIR itself open
         pass
-    except filelock.Timeout:
+    except Timeout:
         raise SettingError(
             f"another process writes into OUT_DIR {out_dir} at this moment; wait for it, or set another OUT_DIR"
         ) from None

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+CLUSTER_BY = ("features", "sequence", "both", "none")
+VOTE = ("hard", "soft", "product")
 MOST = 1e9  # above every sensible value of every number
 
 
@@ -72,8 +74,8 @@ RULES = {
     "BALANCE": number("from 0 to 2", lambda x: 0 <= x <= 2),
     "GREY_RANGE": Rule("empty, or two numbers, black and white, the first below the second", _is_range),
     "SENSOR": one_of("EO", "SAR"),
-    "CLUSTER_BY": one_of("features", "sequence", "both", "none"),
-    "VOTE": one_of("hard", "soft", "product"),
+    "CLUSTER_BY": one_of(*CLUSTER_BY),
+    "VOTE": one_of(*VOTE),
     "CLUSTER_SCORE": one_of("features", "mean", "none"),
 }
 
