@@ -85,7 +85,7 @@ def main():
     contents = source | {"data_root": root, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips), size, grey)
+    validate = Validation(*(labelled or held_out_chips), size, grey, contents["views"])
     if not run.begin(made_from(__file__, pairs, [chips], labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
 
@@ -107,6 +107,7 @@ def main():
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()
     counts = np.bincount(labels, minlength=len(pairs.classes))
     contents["ood"] = fit_scores(mean, labels[fitted_on], counts, BACKGROUND)
+    contents["validation"] = validate.sample(model, OOD_CHIPS)
 
     def loss_of(batch):
         at_scale = features[batch.step % len(scales)]

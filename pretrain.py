@@ -101,7 +101,7 @@ def main():
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
-        "ood": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
+        "ood": {}, "validation": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.

@@ -12,7 +12,7 @@ from data.layouts import find_test, image_ids, read_chips
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from utils.predict.clusters import choose_clustering
 from utils.predict.members import choose_score, load_members, set_views
-from utils.predict.pipeline import PipelineSettings, nearest_classes, run_pipeline
+from utils.predict.pipeline import PipelineSettings, describe_vote, nearest_classes, run_pipeline
 from utils.predict.submission import write_submission
 from utils.predict.tta import IDENTITY
 from utils.report.metrics import undefined
@@ -37,11 +37,11 @@ BATCH_SIZE = 256  # inputs in one forward pass
 TTA = True  # True averages over views; False predicts from each chip as it is
 ROTATIONS = ()  # degrees of the views, each also flipped: 0,90,180,270; empty: the checkpoint's
 SCALES = ()  # of the views, relative to the input size: 0.875,1,1.125; empty: the checkpoint's
-CLUSTER_BY = "both"  # "features", "sequence" (of file numbers), "both", or "none"
+CLUSTER_BY = "auto"  # "features", "sequence" (of file numbers), "both", "none"; "auto": "both" if the numbers allow
 CLUSTERS = 0  # number of clusters of "features"; 0 = one for five chips, at most 1000
 SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
-VOTE = "product"  # of probabilities in a cluster; "soft" sums them, "hard" counts labels
-VOTE_MIN_SHARE = 0.0  # a cluster whose winner has a smaller share of the vote keeps its labels
+VOTE = "mixture"  # believes a cluster as far as its chips agree; of one winner: "product", "soft", "hard"
+VOTE_MIN_SHARE = 0.0  # of one winner: a cluster whose winner has a smaller share of the vote keeps its labels
 OOD_SCORE = ""  # a name in utils/predict/ood.py; empty: "gaussian_energy", or "energy" if it was not fitted
 OOD_TEMPERATURE = 1.0  # T of the scores that have one
 CLUSTER_SCORE = "features"  # score of a cluster's mean "features"; its "mean" score; "none": each chip's
@@ -95,6 +95,7 @@ def main():
         OUT_DIR, image_ids(paths), class_ids, result.confidence, seconds, device.type == "cuda", method
     )
     print(f"{len(paths)} chips, {result.clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
+    print(f"vote: {describe_vote(result)}")
 
     # Scores after each step, and the report.
     steps = {
@@ -108,7 +109,7 @@ def main():
         steps = {"one view": (single.labels, single.confidence)} | steps
     prediction = Prediction(
         first["classes"], settings, steps, result.probabilities, result.clusters, result.features,
-        lambda indices: stores[readings[-1]][indices].cpu().numpy(), seconds, first["counts"],
+        lambda indices: stores[readings[-1]][indices].cpu().numpy(), seconds, first["counts"], describe_vote(result),
         nearest_classes(outputs[0]), truth,
     )  # fmt: skip
     remove_old_scores(Path(OUT_DIR))

@@ -1,7 +1,7 @@
 """Clusters of test chips that show the same vehicle.
 
-The frames of a scene have consecutive numbers, and two scenes of five show two vehicles in alternating
-frames. So the numbers give the scenes, and the features decide which scenes are split:
+The frames that follow one vehicle have nearly consecutive numbers, but two vehicles may alternate in them.
+So the numbers give the sequences, and the features decide which sequences are split:
 
     names -> sequences;  features -> Fisher's axes -> halves of a sequence, split or not -> ids
 
@@ -40,6 +40,7 @@ FRAMES = 4  # frames that each of two alternating halves has at least: one or tw
 SHARED = 0.05  # ... more than this share of the chips have a number that another chip has as well
 PER_PATTERN = 4  # ... names of one pattern (the name without its digits) have fewer chips than this on average
 LONGEST = 0.5  # ... one sequence would hold more than this share of the chips,
+RELEASE_2021 = re.compile("SAR_[0-9]+")  # a test chip of 2021/22; later ones are Gotcha<number>
 HANDFUL = 20  # where there are more chips than this: the chips of one scene may be one sequence
 
 
@@ -61,8 +62,8 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
         SettingError: `by` is unknown, the lengths differ, or a sequence is asked for and a name has no
             number.
     """
-    if by not in BY:
-        raise SettingError(f"CLUSTER_BY is one of {', '.join(BY)}, not '{by}'")
+    if by not in BY or by == "auto":
+        raise SettingError(f"chips are clustered by one of {', '.join(BY[1:])}, not '{by}'")
     features, names = np.asarray(features), np.asarray(names, dtype=str)
     if len(features) != len(names):
         raise SettingError(f"there are {len(features)} rows of features but {len(names)} names")
@@ -86,19 +87,27 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
 
 
 def choose_clustering(by, names, sequence_gap=100):
-    """`by`, or "none" if it needs frame numbers and the file names hold none; a printed sentence says why.
+    """What `cluster_chips` is to cluster by; a printed sentence says why, unless it is `by` itself.
 
-    Numbers that repeat, names without a common pattern (hashes), and numbers that put most chips into one
-    sequence would give one label to chips of different vehicles.
+    "auto" gives "both" if the file names hold frame numbers, else "features". "sequence" and "both" give
+    "none" if they hold none: numbers that repeat, names without a common pattern (hashes), and numbers that
+    put most chips into one sequence would give one label to chips of different vehicles.
 
     Args:
-        by, names, sequence_gap: of `cluster_chips`.
+        by: "auto", or as in `cluster_chips`.
+        names, sequence_gap: of `cluster_chips`.
 
     Raises:
         SettingError: sequences are asked for, and a name has no number.
     """
-    if by not in ("sequence", "both") or len(names) < 2:
+    if by not in ("auto", "sequence", "both") or len(names) < 2:
         return by
+    if by == "auto":
+        reason = _no_tracks(names, sequence_gap)
+        chosen = "features" if reason else "both"
+        reason = reason or "the numbers in the file names give the sequences, the features split them"
+        print(f"CLUSTER_BY=auto: {chosen}; {reason}", flush=True)
+        return chosen
     reason = _no_frame_numbers(names, sequence_gap)
     if not reason:
         return by
@@ -108,6 +117,15 @@ def choose_clustering(by, names, sequence_gap=100):
         flush=True,
     )
     return "none"
+
+
+def _no_tracks(names, sequence_gap):
+    """Why neighbouring numbers in the names are not frames of one vehicle, in words; "" if they may be."""
+    if all(RELEASE_2021.fullmatch(PurePath(name).stem) for name in names):
+        return "the chips are named as in 2021/22, where neighbouring numbers are different vehicles of one frame"
+    if not all(re.search("[0-9]", PurePath(name).stem) for name in names):
+        return "some file names hold no number"
+    return _no_frame_numbers(names, sequence_gap)
 
 
 def _no_frame_numbers(names, sequence_gap):

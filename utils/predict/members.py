@@ -42,7 +42,7 @@ class Member:
         store, image_size = stores[self.reading], self.checkpoint["image_size"]
         grey, views = self.checkpoint["grey"], views or self.views
         results = predict(self.model, store, image_size, grey, views, batch_size, progress)
-        return Output(*results, self.model.head, self.checkpoint["ood"])
+        return Output(*results, self.model.head, self.checkpoint["ood"], self.checkpoint["validation"])
 
 
 def load_members(checkpoints, device):
@@ -124,7 +124,7 @@ def choose_score(name, members):
         zeros = [torch.zeros(1, size, device=head.weight.device) for size in head.weight.shape]
         try:
             # Twice, as in an ensemble, so that all entries of the fit are used.
-            valid = ood_confidence([Output(*zeros, head, ood)] * 2, name).isfinite().all()
+            valid = ood_confidence([Output(*zeros, head, ood, {})] * 2, name).isfinite().all()
         except Exception:  # a wrong fit fails in many ways
             valid = False
         if not valid:

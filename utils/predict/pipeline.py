@@ -1,7 +1,8 @@
 """From logits and features to clusters, labels and confidence: what follows the networks, for all callers.
 
-    logits -> probabilities -> vote within clusters -> labels
-    features -> clusters -> mean features of each cluster -> OOD score -> confidence
+    features, file names -> clusters
+    logits -> vote within clusters -> labels, and how far each chip belongs to its cluster
+    features -> mean features of each cluster, as far as a chip belongs to it -> OOD score -> confidence
 """
 
 from collections.abc import Callable
@@ -10,13 +11,14 @@ from typing import NamedTuple
 
 from utils.predict.clusters import cluster_chips
 from utils.predict.ood import SCORES, cluster_mean
-from utils.predict.vote import vote
+from utils.predict.vote import estimate_belief, fit_temperature, measure_belief, vote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 CHUNK = 4096  # chips scored at a time, to bound the memory of a score
+SHUFFLES = 5  # of the numbers of few chips; of many chips one is enough
 
 
 class Output(NamedTuple):
@@ -25,12 +27,15 @@ class Output(NamedTuple):
     logits: [N, C], features: [N, D], float32 on the device.
     head: [N, D] -> [N, C], the network's head on the same device.
     ood: {score name: {tensor name: tensor}}, "ood" of its checkpoint.
+    validation: {"features": [M, D], "labels": int64 [M]} of labelled chips, "validation" of its checkpoint;
+        empty if it has none.
     """
 
     logits: torch.Tensor
     features: torch.Tensor
     head: Callable
     ood: dict
+    validation: dict = {}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class PipelineSettings:
 
     ood_score: name in `utils.predict.ood.SCORES`; temperature: its OOD_TEMPERATURE.
     cluster_score: "features" scores the mean features of a chip's cluster, "mean" takes the mean score
-        of the cluster, "none" the chip's own score.
+        of the cluster, both as far as the vote counts the chip to its cluster; "none" the chip's own score.
     """
 
     ood_score: str
@@ -47,7 +52,7 @@ class PipelineSettings:
     cluster_by: str = "both"
     clusters: int = 0
     sequence_gap: int = 100
-    vote: str = "product"
+    vote: str = "mixture"
     vote_min_share: float = 0.0
     cluster_score: str = "features"
 
@@ -59,6 +64,7 @@ class Result(NamedTuple):
     features: [N, D] that the chips were clustered by.
     clusters: int64 [N], 0..K-1.
     labels: int64 [N] after the vote, positions in the checkpoint's classes.
+    belief: float 0..1, how far the vote believes the clusters.
     chip_confidence: [N], each chip's own; higher = more in distribution.
     confidence: [N], by cluster_score.
     """
@@ -67,6 +73,7 @@ class Result(NamedTuple):
     features: np.ndarray
     clusters: np.ndarray
     labels: np.ndarray
+    belief: float
     chip_confidence: np.ndarray
     confidence: np.ndarray
 
@@ -87,21 +94,79 @@ def run_pipeline(outputs, names, settings):
     Raises:
         SettingError: of `cluster_chips` and `vote`.
     """
-    logits, features = outputs[0].logits, outputs[0].features
-    if len(outputs) > 1:
-        log_probabilities = torch.stack([output.logits.log_softmax(1) for output in outputs])
-        logits = log_probabilities.logsumexp(0) - np.log(len(outputs))
-        features = torch.cat([F.normalize(output.features) for output in outputs], dim=1)
-    features = features.cpu().numpy()
+    logits = _mean_logits([output.logits for output in outputs])
+    features, host_logits = _joint_features([output.features for output in outputs]), logits.cpu().numpy()
     clusters = cluster_chips(features, names, settings.cluster_by, settings.clusters, settings.sequence_gap)
-    labels = vote(logits.cpu().numpy(), clusters, settings.vote, settings.vote_min_share)
+    belief = None
+    if settings.vote == "mixture":
+        host_logits = host_logits / calibration_temperature(outputs)
+        belief = belief_in_clusters(outputs, host_logits, features, names, settings, clusters)
+    voted = vote(host_logits, clusters, settings.vote, settings.vote_min_share, belief)
     own = confidence = ood_confidence(outputs, settings.ood_score, settings.temperature).cpu().numpy()
     if settings.cluster_score == "mean":
-        confidence = cluster_mean(own, clusters)
+        confidence = _shared(own[:, None], clusters, voted.share)[:, 0]
     elif settings.cluster_score == "features":
-        means = [_of_cluster_mean(output, clusters) for output in outputs]
-        confidence = ood_confidence(means, settings.ood_score, settings.temperature).cpu().numpy()
-    return Result(logits.softmax(1).cpu().numpy(), features, clusters, labels, own, confidence)
+        shared = [_with_shared_features(output, clusters, voted.share) for output in outputs]
+        confidence = ood_confidence(shared, settings.ood_score, settings.temperature).cpu().numpy()
+    probabilities = logits.softmax(1).cpu().numpy()
+    return Result(probabilities, features, clusters, voted.labels, voted.belief, own, confidence)
+
+
+def _mean_logits(logits):
+    """Log of the members' mean probabilities, [N, C]; of one member its logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([values.log_softmax(1) for values in logits]).logsumexp(0) - np.log(len(logits))
+
+
+def _joint_features(features):
+    """The members' L2-normalised features side by side, array [N, D]; of one member its features."""
+    joint = torch.cat([F.normalize(values) for values in features], dim=1) if len(features) > 1 else features[0]
+    return joint.cpu().numpy()
+
+
+@torch.no_grad()
+def _validation(outputs):
+    """Logits [M, C], features [M, D] and labels [M] of the labelled chips in the checkpoints, or None."""
+    labels = [output.validation.get("labels") for output in outputs]
+    if any(other is None or not torch.equal(other, labels[0]) for other in labels):
+        return None
+    features = [output.validation["features"].to(output.features) for output in outputs]
+    logits = _mean_logits([output.head(values) for output, values in zip(outputs, features, strict=True)])
+    return logits.cpu().numpy(), _joint_features(features), labels[0].numpy()
+
+
+def calibration_temperature(outputs):
+    """`fit_temperature` on the labelled chips in the checkpoints; 1.0 without any."""
+    validation = _validation(outputs)
+    return fit_temperature(validation[0], validation[2]) if validation else 1.0
+
+
+def belief_in_clusters(outputs, logits, features, names, settings, clusters):
+    """How far the mixture vote believes the clusters, 0..1.
+
+    Clusters by features are believed as far as those of the labelled chips in the checkpoints deserve it, and
+    not at all without such chips, because chips with alike features have alike predictions, right or wrong. Clusters
+    by numbers are believed as far as the chips' predictions agree, beyond what they do with shuffled numbers.
+
+    Args:
+        outputs, names, settings: of `run_pipeline`.
+        logits: [N, C], calibrated; features: [N, D]; clusters: int [N] of these chips.
+    """
+    if settings.cluster_by == "features":
+        validation = _validation(outputs)
+        if validation is None:
+            return 0.0
+        logits, features, labels = validation
+        clusters = cluster_chips(features, np.arange(len(labels)), "features")
+        return measure_belief(logits / fit_temperature(logits, labels), clusters, labels)
+    random, by_chance = np.random.default_rng(0), []
+    for _ in range(min(SHUFFLES, 1 + CHUNK // max(len(names), 1))):
+        shuffled = random.permutation(names)
+        shuffled = cluster_chips(features, shuffled, settings.cluster_by, sequence_gap=settings.sequence_gap)
+        by_chance.append(estimate_belief(logits, shuffled))
+    chance = min(np.mean(by_chance), 0.99)
+    return max(0.0, (estimate_belief(logits, clusters) - chance) / (1 - chance))
 
 
 def ood_confidence(outputs, score_name, temperature=1.0):
@@ -112,14 +177,27 @@ def ood_confidence(outputs, score_name, temperature=1.0):
     its scale depends on the features. Scores of logits are comparable as they are.
     """
     score, scores = SCORES[score_name], []
-    for logits, features, _, ood in outputs:
-        fitted = score.fit and {name: value.to(features.device) for name, value in ood[score_name].items()}
-        chunks = zip(logits.split(CHUNK), features.split(CHUNK), strict=True)
+    for output in outputs:
+        device = output.features.device
+        fitted = score.fit and {name: value.to(device) for name, value in output.ood[score_name].items()}
+        chunks = zip(output.logits.split(CHUNK), output.features.split(CHUNK), strict=True)
         values = torch.cat([score.score(*chunk, fitted, temperature) for chunk in chunks])
         if fitted and len(outputs) > 1:
             values = (values - fitted["location"]) / fitted["spread"].clamp_min(1e-12)
         scores.append(values)
     return torch.stack(scores).mean(0)
+
+
+def describe_vote(result):
+    """What the vote did, in words."""
+    changed = (result.labels != result.probabilities.argmax(1)).sum()
+    several = (np.bincount(result.clusters) > 1).sum()
+    labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
+    overruled = (np.bincount(labels_of_cluster) > 1).sum()
+    return (
+        f"{changed} of {len(result.labels)} labels changed; clusters believed by {result.belief:.2f}; "
+        f"{overruled} of {several} clusters with several chips overruled: their chips keep different labels"
+    )
 
 
 def nearest_classes(output):
@@ -133,7 +211,15 @@ def nearest_classes(output):
     return torch.cdist(output.features, means).argsort(1).cpu().numpy()
 
 
-def _of_cluster_mean(output, clusters):
-    """The output with each chip's features replaced by the mean over its cluster."""
-    mean = torch.from_numpy(cluster_mean(output.features.cpu().numpy(), clusters)).to(output.features)
-    return output._replace(logits=output.head(mean), features=mean)
+def _with_shared_features(output, clusters, share):
+    """The output with the features of `_shared`."""
+    shared = _shared(output.features.cpu().numpy(), clusters, share)
+    shared = torch.from_numpy(shared).to(output.features)
+    return output._replace(logits=output.head(shared), features=shared)
+
+
+def _shared(values, clusters, share):
+    """Values [N, D], each moved towards the mean of its cluster by its share, 0..1 [N], which also weighs the mean."""
+    share = share[:, None]
+    mean = cluster_mean(values * share, clusters) / np.maximum(cluster_mean(share, clusters), 1e-12)
+    return values + share * (mean - values)

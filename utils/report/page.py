@@ -95,12 +95,12 @@ def _tiles(prediction):
     """The final scores with their intervals, and the numbers of chips, clusters and changed labels."""
     labels, truth = prediction.labels, prediction.truth
     changed = int((labels != prediction.labels_before_vote).sum())
-    tiles, note = {}, ""
+    tiles, note = {}, f"<p>Vote: {_text(prediction.vote)}.</p>" if prediction.vote else ""
     if truth is not None:
         limits = intervals(labels, prediction.confidence, truth.labels, truth.ood, prediction.clusters)
         for name, value in list(prediction.scores.values())[-1].items():
             tiles[name] = _number(value), " to ".join(map(_number, limits[name]))
-        note = (
+        note += (
             "<p><small>Below each score: its 95 % interval, from a bootstrap over clusters, because the "
             "chips of a cluster are not independent.</small></p>"
         )

@@ -24,6 +24,7 @@ class Prediction:
         chips: function from indices, int64 [B], to the chips, uint8 [B, S, S].
         seconds: time per chip, s.
         counts: number of training chips of each class, [C].
+        vote: what the vote did, in words.
         nearest: [N, C] classes in the order of the distance from their mean feature to the chip, or None.
         truth: labels [N] (-1 where out of distribution) and ood [N] bool, as of `data.layouts.Labelled`;
             None without a reference.
@@ -38,6 +39,7 @@ class Prediction:
     chips: Any
     seconds: float
     counts: list
+    vote: str = ""
     nearest: np.ndarray = None
     truth: Any = None
 

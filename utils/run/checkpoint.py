@@ -14,7 +14,7 @@ from utils.run.settings import CheckpointError
 
 import torch
 
-FORMAT = 2  # 1 lacks chip_side, grey_range, views and ood
+FORMAT = 3  # 1 lacks chip_side, grey_range, views and ood; 2 lacks validation
 
 
 def _is_text(x):
@@ -72,6 +72,7 @@ KEYS = {
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),
+    "validation": lambda x: _are_tensors(x) and x.keys() in (set(), {"features", "labels"}),
 }
 # What a run needs to go on.
 RUN_KEYS = {

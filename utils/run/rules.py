@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-CLUSTER_BY = ("features", "sequence", "both", "none")
-VOTE = ("hard", "soft", "product")
+CLUSTER_BY = ("auto", "features", "sequence", "both", "none")
+VOTE = ("mixture", "product", "soft", "hard")
 MOST = 1e9  # above every sensible value of every number
 
 

@@ -2,8 +2,9 @@
 
 from data.errors import DataError
 from data.layouts import find_validation
+from data.sampler import few_of_each
 from data.store import open_store, place_stores, unreadable
-from utils.predict.tta import predict
+from utils.predict.tta import IDENTITY, predict
 from utils.report.metrics import class_mean_accuracy
 
 import numpy as np
@@ -15,26 +16,38 @@ class Validation:
 
     Args:
         store: ChipStore of N chips; labels: int64 [N] array.
-        image_size, grey: of the network's input, as in `utils.predict.tta.predict`.
+        image_size, grey, views: of `utils.predict.tta.predict`; more views than one are for a frozen backbone, of
+            which they are computed once.
 
     Raises:
         DataError: there are no chips.
     """
 
-    def __init__(self, store, labels, image_size, grey):
+    def __init__(self, store, labels, image_size, grey, views=IDENTITY):
         if not len(labels):
             raise DataError("no class has two chips, so none is left to validate on; add chips")
         self.store, self.labels, self.image_size, self.grey = store, labels, image_size, grey
-        self.frozen_features = None
+        self.views, self.frozen_features = views, None
+
+    def features(self, model):
+        """Features [N, D] of a frozen model, averaged over the views, on the device."""
+        if self.frozen_features is None:
+            inputs = self.store, self.image_size, self.grey, self.views
+            self.frozen_features = predict(model, *inputs, progress="validation")[1]
+        return self.frozen_features
+
+    def sample(self, model, most):
+        """{"features": float16 [M, D], "labels": int64 [M]} of at most `most` chips of each class, frozen model."""
+        chips = few_of_each(self.labels, most)
+        return {"features": self.features(model)[chips].half().cpu(), "labels": torch.from_numpy(self.labels[chips])}
 
     def __call__(self, model):
         """{"accuracy", "mean per-class accuracy"} of a model in eval mode."""
-        if self.frozen_features is None:
-            logits, features = predict(model, self.store, self.image_size, self.grey)
-            self.frozen_features = features if model.frozen else None  # the same in every epoch
-        else:
+        if model.frozen:
             with torch.no_grad():
-                logits = model.head(self.frozen_features)
+                logits = model.head(self.features(model))
+        else:
+            logits = predict(model, self.store, self.image_size, self.grey, self.views)[0]
         predicted = logits.argmax(1).cpu().numpy()
         return {
             "accuracy": float((predicted == self.labels).mean()),

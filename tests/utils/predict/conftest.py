@@ -29,7 +29,7 @@ def make_checkpoint(tmp_path):
         random, labels = np.random.default_rng(seed), np.repeat([0, 1, 2], [30, 20, 10])
         features = random.normal(size=(60, model.width)).astype(np.float32) + labels[:, None]
         fitted = fit_scores(features, labels, np.array(checkpoint["counts"]))
-        save_checkpoint(tmp_path / name, {"ood": fitted, "model": model.state_dict()} | checkpoint)
+        save_checkpoint(tmp_path / name, {"ood": fitted, "validation": {}, "model": model.state_dict()} | checkpoint)
         return tmp_path / name
 
     return make

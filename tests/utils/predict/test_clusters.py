@@ -107,6 +107,18 @@ NO_FRAME_NUMBERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("names, chosen, why", [
+    ([f"Gotcha{100 + i}.png" for i in range(9)], "both", "the numbers in the file names"),
+    ([f"SAR_{100 + i}.png" for i in range(9)], "features", "named as in 2021/22"),
+    (["a.png", *(f"Gotcha{100 + i}.png" for i in range(9))], "features", "hold no number"),
+    ([f"scene{i % 2}_1.png" for i in range(9)], "features", "the same number"),
+])  # fmt: skip
+def test_auto_says_what_it_chose_and_why(names, chosen, why, capsys):
+    assert choose_clustering("auto", names) == chosen
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"CLUSTER_BY=auto: {chosen}; ") and why in printed
+
+
 @pytest.mark.parametrize("by", ["both", "sequence"])
 @pytest.mark.parametrize("reason, names", NO_FRAME_NUMBERS)
 def test_without_frame_numbers_each_chip_is_alone_and_a_sentence_says_why(capsys, by, reason, names):

@@ -2,8 +2,17 @@ from dataclasses import replace
 
 from utils.predict.clusters import cluster_chips
 from utils.predict.ood import SCORES, cluster_mean, fit_scores
-from utils.predict.pipeline import Output, PipelineSettings, nearest_classes, ood_confidence, run_pipeline
-from utils.predict.vote import vote
+from utils.predict.pipeline import (
+    Output,
+    PipelineSettings,
+    Result,
+    calibration_temperature,
+    describe_vote,
+    nearest_classes,
+    ood_confidence,
+    run_pipeline,
+)
+from utils.predict.vote import fit_temperature, vote
 
 import numpy as np
 import pytest
@@ -27,12 +36,12 @@ def member(seed, width=8):
 @pytest.mark.parametrize("score", SCORES)
 def test_one_member_step_by_step(score):
     output = member(0)
-    logits, features, head, ood = output
+    logits, features, head, ood, _ = output
     settings = PipelineSettings(score, 2.0, "both", vote="soft", vote_min_share=0.5)
     result = run_pipeline([output], NAMES, settings)
     clusters = cluster_chips(features.numpy(), NAMES, "both")
     assert (result.clusters == clusters).all() and clusters.max() > 0
-    assert (result.labels == vote(logits.numpy(), clusters, "soft", 0.5)).all()
+    assert (result.labels == vote(logits.numpy(), clusters, "soft", 0.5).labels).all()
     assert (result.features == features.numpy()).all()
     torch.testing.assert_close(torch.from_numpy(result.probabilities), logits.softmax(1))
     own = SCORES[score].score(logits, features, ood.get(score), 2.0).numpy()
@@ -46,6 +55,71 @@ def test_one_member_step_by_step(score):
     for cluster_score, confidence in expected.items():
         result = run_pipeline([output], NAMES, replace(settings, cluster_score=cluster_score))
         np.testing.assert_allclose(result.confidence, confidence, rtol=1e-6)
+
+
+def test_the_mixture_vote_is_calibrated_on_the_validation_chips_of_the_checkpoint():
+    output = member(0)
+    labels = torch.arange(12) % 3
+    validation = {"features": output.features.half(), "labels": labels}
+    calibrated = output._replace(validation=validation)
+    expected = fit_temperature(output.head(output.features).detach().numpy(), labels.numpy())
+    assert calibration_temperature([output]) == calibration_temperature([calibrated, output]) == 1
+    assert calibration_temperature([calibrated]) == pytest.approx(expected, rel=0.01)
+    assert calibration_temperature([calibrated] * 2) == pytest.approx(expected, rel=0.3)
+    result = run_pipeline([calibrated], NAMES, PipelineSettings("energy"))
+    clusters = cluster_chips(output.features.numpy(), NAMES, "both")
+    logits = output.logits.numpy() / calibration_temperature([calibrated])
+    voted = vote(logits, clusters, belief=result.belief)
+    assert (result.labels == voted.labels).all() and result.belief <= vote(logits, clusters).belief
+
+
+def test_the_cluster_score_follows_the_belief_in_the_clusters(monkeypatch):
+    output, settings = member(0), PipelineSettings("gaussian_energy", cluster_by="sequence")
+    for belief, same in ((0.0, "none"), (1.0, "features")):
+        monkeypatch.setattr("utils.predict.pipeline.belief_in_clusters", lambda *_, s=belief: s)
+        mixed = run_pipeline([output], NAMES, settings)
+        plain = run_pipeline([output], NAMES, replace(settings, vote="product", cluster_score=same))
+        np.testing.assert_allclose(mixed.confidence, plain.confidence, rtol=1e-5)
+
+
+def many_chips(seed=0):
+    """An Output of 600 chips in 3 classes, with validation chips; names of tracks of 6; the true classes."""
+    random, output = np.random.default_rng(seed), member(0)
+    centres = 2 * random.normal(size=(3, 8))
+    tracks = random.integers(0, 3, 100)
+    classes, known = np.repeat(tracks, 6), np.repeat([0, 1, 2], 100)
+    features, labelled = (
+        torch.from_numpy(centres[of] + 1.5 * random.normal(size=(len(of), 8))).float() for of in (classes, known)
+    )
+    head = torch.nn.Linear(8, 3)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(centres / 1.5**2))
+        head.bias.copy_(torch.from_numpy(-(centres**2).sum(1) / 2 / 1.5**2))
+        logits = head(features)
+    names = [f"Gotcha{1000 * (i // 6) + i % 6}.png" for i in range(600)]
+    validation = {"features": labelled, "labels": torch.from_numpy(known)}
+    return output._replace(logits=logits, features=features, head=head, validation=validation), names, classes
+
+
+def test_numbers_are_believed_where_they_mean_something():
+    output, names, classes = many_chips()
+    for cluster_by in ("sequence", "both"):
+        settings = PipelineSettings("energy", cluster_by=cluster_by)
+        result = run_pipeline([output], names, settings)
+        alone = (result.probabilities.argmax(1) == classes).mean()
+        assert result.belief > 0.9 and (result.labels == classes).mean() > alone
+        shuffled = run_pipeline([output], np.random.default_rng(1).permutation(names), settings)
+        assert shuffled.belief < 0.1 and (shuffled.labels == classes).mean() > alone - 0.01
+    by_features = replace(settings, cluster_by="features")
+    result = run_pipeline([output], names, by_features)
+    assert (result.labels == classes).mean() > alone - 0.01
+    assert run_pipeline([output._replace(validation={})], names, by_features).belief == 0
+
+
+def test_what_the_vote_did_in_words():
+    names = np.array([0, 0, 1, 1, 2])
+    result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, None, None)
+    assert describe_vote(result).startswith("2 of 5 labels changed; clusters believed by 0.50; 1 of 2 clusters")
 
 
 def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():
@@ -62,7 +136,7 @@ def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():
 @pytest.mark.parametrize("score", SCORES)
 def test_an_ensemble_averages_standardised_confidences(score):
     members, expected = [member(0), member(1, width=5)], 0
-    for logits, features, _, ood in members:
+    for logits, features, _, ood, _ in members:
         values = SCORES[score].score(logits, features, ood.get(score))
         if score in ood:
             values = (values - ood[score]["location"]) / ood[score]["spread"]

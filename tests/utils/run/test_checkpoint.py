@@ -15,7 +15,7 @@ def checkpoint():
         "backbone": "test_resnet", "chip_side": 30, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
         "scales": (1.0,), "views": ((0, 1.0),), "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x",
         "val_fraction": 0.1,
-        "ood": {}, "model": Classifier("test_resnet", 2, 32).state_dict(),
+        "ood": {}, "validation": {}, "model": Classifier("test_resnet", 2, 32).state_dict(),
     }  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def test_refused(tmp_path, checkpoint, monkeypatch):
         ({"stage": "finetune"}, "checkpoint of finetune.py"),
         ({"views": ((9, 1.0),)}, "views missing or wrong"),
         ({"ood": {"energy": 3}}, "ood missing or wrong"),
+        ({"validation": {"features": torch.ones(2, 3)}}, "validation missing or wrong"),
         *(({"grey_range": x}, "grey_range missing or") for x in ((), (1, 0), (0, 0), (0, float("inf")), (0, 1, 2))),
     ):
         save_checkpoint(path, checkpoint | change)
