@@ -53,12 +53,12 @@ def takes_and_uses_all_pixels(model, side):
     image = torch.randn(1, 1, side, side)
     model.eval()
     for last in (image[..., -1, :], image[..., -1]):
-        kept = last.clone()
+        pixels = last.clone()
         last.fill_(torch.nan)  # spreads to all that depends on it, whatever the weights are
         with torch.no_grad():
             if not model.features(image).isnan().any():
                 return False
-        last.copy_(kept)
+        last.copy_(pixels)
     return True
 
 
