@@ -280,7 +280,7 @@ def decode_all(paths, target, side, fork, grey_range=None):
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side, grey_range) for start in starts]
     unreadable, multipage, not_finite, digest = {}, [], {}, hashlib.blake2b(digest_size=16)
-    with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
+    with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips", disable=None) as bar:
         for bad, paged, with_gaps, digests in _map(_decode_chunk, chunks, fork):
             unreadable |= bad
             multipage += paged
