@@ -36,7 +36,7 @@ class Classifier(nn.Module):
 
     Images of a size that the backbone does not take are resized to the nearest that it takes. A size at which a layer
     with stride and kernel of equal size (such as ConvNeXt's 2x2 downsampling) would leave out the last row of a map is
-    taken only if there is no other: a ConvNeXt gets multiples of 32 px.
+    taken only if there is no other. A ConvNeXt gets multiples of 32 px, and so one size for all scales of small chips.
 
     Args:
         backbone: name of a timm model.

@@ -332,8 +332,16 @@ def test_paths_that_the_terminal_cannot_print(tmp_path, tiny_demo):
 def test_a_run_in_folders_that_the_terminal_cannot_print(tmp_path, tiny_demo):
     (tmp_path / "图像").symlink_to(tiny_demo)
     settings = ["DATA_ROOT=图像", "OUT_DIR=结果", "EPOCHS=1"]
-    printed = must(run_script("pretrain.py", tmp_path, *settings, environment={"PYTHONIOENCODING": "cp1252"}))
-    assert r"written: \u7ed3\u679c/best.pt" in printed and (tmp_path / "结果/best.pt").exists()
+    process = run_script("pretrain.py", tmp_path, *settings, environment={"PYTHONIOENCODING": "cp1252"})
+    assert r"written: \u7ed3\u679c/best.pt" in must(process) and (tmp_path / "结果/best.pt").exists()
+    assert "%|" not in process.stderr
+
+
+def test_a_log_has_no_progress_bars(pipeline):
+    cwd, _ = pipeline
+    settings = ["ROTATIONS=0", "SCALES=1", "REPORT=False", "OUT_DIR=logged", "STORE_DIR=logged/chips"]
+    process = run_script("results.py", cwd, *settings)
+    assert "one view" in must(process) and "%|" not in process.stderr
 
 
 def test_ranks_that_no_torchrun_started(tmp_path):
