@@ -102,7 +102,7 @@ def main():
         return FrozenCache(features, chain(in_views, drawn), len(train), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
-    requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0)
+    requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()
     counts = np.bincount(labels, minlength=len(pairs.classes))

@@ -8,7 +8,7 @@ from data.batches import Batches
 from data.demo import ensure_demo
 from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
-from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_store, place_stores, unreadable
+from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
 from utils.predict.tta import all_views, scaled
@@ -75,8 +75,8 @@ def main():
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
-    grey_range = choose_grey_range(paths, GREY_RANGE)
-    chips = open_store(paths, STORE_DIR, SKIP_BAD, grey_range=grey_range)
+    side, grey_range = choose_reading(paths, GREY_RANGE)
+    chips = open_store(paths, STORE_DIR, SKIP_BAD, side, grey_range)
     train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
     grey = grey_statistics(chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
@@ -98,7 +98,7 @@ def main():
         return focal_loss(logits, batch.labels, GAMMA, alpha, total_weight), logits, batch.labels
 
     contents = {
-        "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": chips.shape[1],
+        "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": side,
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,

@@ -80,7 +80,8 @@ def main():
     if COMPILE:
         for member in members:
             compile_backbone(member.model, device)
-    one_view = [member.output(stores, BATCH_SIZE, IDENTITY) for member in members if truth]
+    several_views = any(member.views != IDENTITY for member in members)
+    one_view = [member.output(stores, BATCH_SIZE, IDENTITY) for member in members if truth and several_views]
     started = time.perf_counter()
     outputs = [member.output(stores, BATCH_SIZE, progress="predict") for member in members]
     if rank():
@@ -99,11 +100,11 @@ def main():
 
     # Scores after each step, and the report.
     steps = {
-        "+ TTA": (result.probabilities.argmax(1), result.chip_confidence),
+        "+ TTA" if several_views else "one view": (result.probabilities.argmax(1), result.chip_confidence),
         "+ vote": (result.labels, result.chip_confidence),
         "+ cluster score": (result.labels, result.confidence),
     }
-    if truth:
+    if one_view:
         single = replace(pipeline, cluster_by="none", cluster_score="none")
         single = run_pipeline(one_view, names, single)
         steps = {"one view": (single.labels, single.confidence)} | steps

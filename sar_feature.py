@@ -7,7 +7,7 @@ from data.augment import Augmentation
 from data.batches import Batches
 from data.layouts import find_pairs
 from data.sampler import WeightedStream, stratified_split
-from data.store import MemoryBudget, choose_grey_range, grey_statistics, open_store, place_stores, unreadable
+from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
@@ -89,9 +89,9 @@ def main():
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    grey_range = choose_grey_range(pairs.sar, GREY_RANGE)
+    side, grey_range = choose_reading(pairs.sar, GREY_RANGE)
     eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
-    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, grey_range=grey_range)
+    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, grey_range)
     bad = unreadable(eo_chips), unreadable(sar_chips)
     train, held_out = stratified_split(pairs.labels, source["val_fraction"], *bad)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
@@ -132,7 +132,7 @@ def main():
         return loss, logits, batch.labels
 
     contents = source | {
-        "sensor": "SAR", "backbone": backbone, "chip_side": sar_chips.shape[1], "grey_range": grey_range,
+        "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "scales": TRAIN_SCALES,
         "views": all_views(TRAIN_SCALES),
     }  # fmt: skip

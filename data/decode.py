@@ -97,17 +97,34 @@ def decode(path, side=None, grey_range=None):
     return _decode(path, side, grey_range).levels
 
 
+def grey_levels(image, side=None, grey_range=None):
+    """A PIL image, which may be opened from a file, or an array [H, W] as `decode` gives a file with its pixels.
+
+    Args, raises: of `decode`.
+    """
+    try:
+        values = _values_of_array(image) if isinstance(image, np.ndarray) else _values_of_image(image)
+        return _resized(_to_levels(values, grey_range)[0], side)
+    except UNREADABLE as error:
+        raise DataError(reason(error)) from error
+
+
 def _decode(path, side, grey_range):
     """The file as `_File`."""
     values, multipage = _values(path)
     try:
         levels, not_finite = _to_levels(values, grey_range)
-        if side is not None and levels.shape != (side, side):
-            image = Image.fromarray(levels).resize((side, side), Image.Resampling.BILINEAR)
-            levels = np.frombuffer(image.tobytes(), np.uint8).reshape(side, side)
-        return _File(levels, multipage, not_finite)
+        return _File(_resized(levels, side), multipage, not_finite)
     except UNREADABLE as error:
         raise DataError(reason(error)) from error
+
+
+def _resized(levels, side):
+    """Levels, uint8 [H, W], as [side, side]; unchanged if `side` is None."""
+    if side is None or levels.shape == (side, side):
+        return levels
+    image = Image.fromarray(levels).resize((side, side), Image.Resampling.BILINEAR)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(side, side)
 
 
 def _values(path):
@@ -120,13 +137,10 @@ def _values(path):
             return _array(source), False
         with Image.open(source, formats=FORMATS) as image:
             _check_size(image.height, image.width)
-            multipage, signed = image.format == "TIFF" and image.is_animated, _is_signed(image)
-            image = _upright(image)
-            if image.mode.startswith(("I", "F")):
-                return np.asarray(image), multipage
-            image = _grey(image)
-            levels = np.frombuffer(image.tobytes(), np.int8 if signed else np.uint8)
-            return levels.reshape(image.height, image.width), multipage
+            multipage = image.format == "TIFF" and image.is_animated
+            image.load()  # a PNG may hold its EXIF block behind the pixels
+            may_be_turned = image.format == "TIFF" or not ORIENTATION_KEYS.isdisjoint(image.info)
+            return _values_of_image(image, may_be_turned), multipage
     except UnidentifiedImageError as error:
         raise DataError("cannot identify image file") from error
     except UNREADABLE as error:
@@ -139,10 +153,27 @@ def _array(source):
         array = np.load(source, allow_pickle=False)
     else:  # mapped, or a huge file would be read before its size is known
         array = np.load(source, mmap_mode="r", allow_pickle=False)
+    return _values_of_array(array)
+
+
+def _values_of_array(array):
+    """The values, [H, W], of an array that is a chip."""
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
         raise ValueError(f"it holds {array.dtype} {list(array.shape)}; a chip is an array [H, W] of real numbers")
     _check_size(*array.shape)
     return array.astype(np.uint8) * 255 if array.dtype == bool else np.ascontiguousarray(array)
+
+
+def _values_of_image(image, may_be_turned=True):
+    """The values of a PIL image, [H, W], upright as its EXIF orientation says. A damaged EXIF block is ignored."""
+    signed = _is_signed(image)
+    if may_be_turned:
+        with contextlib.suppress(*UNREADABLE):
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    image = _grey(image)
+    return np.frombuffer(image.tobytes(), np.int8 if signed else np.uint8).reshape(image.height, image.width)
 
 
 def _check_size(height, width):
@@ -163,22 +194,17 @@ def _to_levels(values, grey_range):
         if values.dtype.kind == "f":
             raise ValueError("floating-point levels have no fixed black and white; set GREY_RANGE")
         grey_range = SIXTEEN_BITS
-    (black, white), values, finite = grey_range, values.astype(np.float64), np.isfinite(values)
-    low, high = values.min(initial=math.inf, where=finite), values.max(initial=-math.inf, where=finite)
-    outside = max((values[finite] > white).sum(), (values[finite] < black).sum())
+    (black, white), numbers, finite = grey_range, values.astype(np.float64), np.isfinite(values)
+    low, high = numbers.min(initial=math.inf, where=finite), numbers.max(initial=-math.inf, where=finite)
+    outside = max((numbers[finite] > white).sum(), (numbers[finite] < black).sum())
     if low < high and outside > OUTSIDE * values.size:  # a chip of one level is an empty one
-        raise ValueError(f"nearly all of its levels, {low:g} to {high:g}, are outside GREY_RANGE={black:g},{white:g}")
-    values = ((np.where(finite, values, black) - black) / (white - black)).clip(0, 1)
-    return np.rint(255 * values).astype(np.uint8), int((~finite).sum())
-
-
-def _upright(image):
-    """The image, turned as its EXIF orientation says. A damaged EXIF block is ignored."""
-    image.load()  # a PNG may hold its EXIF block behind the pixels
-    if image.format == "TIFF" or not ORIENTATION_KEYS.isdisjoint(image.info):
-        with contextlib.suppress(*UNREADABLE):
-            ImageOps.exif_transpose(image, in_place=True)
-    return image
+        fitting = "{:g},{:g}".format(*_choose_range([values]))
+        raise ValueError(
+            f"nearly all of its levels, {low:g} to {high:g}, are outside GREY_RANGE={black:g},{white:g}; train with "
+            f"GREY_RANGE={fitting}, or convert the file to levels of {black:g} to {white:g}"
+        )
+    shares = ((np.where(finite, numbers, black) - black) / (white - black)).clip(0, 1)
+    return np.rint(255 * shares).astype(np.uint8), int((~finite).sum())
 
 
 def _grey(image):
@@ -254,7 +280,7 @@ def decode_all(paths, target, side, fork, grey_range=None):
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side, grey_range) for start in starts]
     unreadable, multipage, not_finite, digest = {}, [], {}, hashlib.blake2b(digest_size=16)
-    with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips") as bar:
+    with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips", disable=None) as bar:
         for bad, paged, with_gaps, digests in _map(_decode_chunk, chunks, fork):
             unreadable |= bad
             multipage += paged

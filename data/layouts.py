@@ -102,7 +102,7 @@ def find_pairs(root, classes=()):
         if not (root / "train_images").is_dir():
             raise DataError(
                 f"{root} holds none of train/EO_Train, EO_Train, EO or train_images; "
-                "the README shows the layouts"
+                "the README shows the layouts, and find_pairs in data/layouts.py takes further ones"
             )
         folders = _by_class(root / "train_images")
         sides = [_with_prefix(folders, "EO_"), _with_prefix(folders, "SAR_")]
@@ -241,7 +241,8 @@ def read_labelled(paths, reference, classes, class_ids):
 
     Args:
         paths: chips.
-        reference: CSV with the columns image_id (with or without prefix and extension), class
+        reference: CSV with the columns image_id (with or without extension, and without the prefix if the chips'
+            numbers differ), class
             (a name of `classes`, or a number of `class_ids`) and OOD_flag (0 or 1; for 1 the class is
             ignored).
         classes: class names, position = label.
@@ -251,9 +252,9 @@ def read_labelled(paths, reference, classes, class_ids):
         DataError: the file is not a CSV in UTF-8 with these columns, a chip has no row, two chips have
             the same image_id, a row has no chip or comes twice, or a class is unknown or ambiguous.
     """
-    label_of, rows = _labels_by_text(classes, class_ids), {}
+    label_of, rows, key_of = _labels_by_text(classes, class_ids), {}, _key(paths)
     for line, image_id, name, flag in _read_reference(reference):
-        where, key, ood = f"{reference}, line {line}", _bare(image_id), OOD_FLAGS.get(flag.lower())
+        where, key, ood = f"{reference}, line {line}", key_of(image_id), OOD_FLAGS.get(flag.lower())
         if ood is None:
             raise DataError(f"{where}: the OOD_flag of {image_id} is {flag!r}; write 0 or 1")
         if not ood and name not in label_of:
@@ -264,9 +265,9 @@ def read_labelled(paths, reference, classes, class_ids):
         if key in rows:
             raise DataError(f"{where}: {image_id} stands there twice; remove one row")
         rows[key] = (-1 if ood else label_of[name], ood)
-    keys = [_bare(path.name) for path in paths]
+    keys = [key_of(path.name) for path in paths]
     if alike := sorted(key for key, count in Counter(keys).items() if count > 1):
-        raise DataError(f"{reference} cannot tell the chips of one number apart: {named(alike)}")
+        raise DataError(f"{reference} cannot tell the chips of one name apart: {named(alike)}")
     if missing := [path.name for path, key in zip(paths, keys, strict=True) if key not in rows]:
         raise DataError(f"{reference} has no row for {len(missing)} chips: {named(missing)}")
     if extra := sorted(set(rows) - set(keys)):
@@ -280,10 +281,8 @@ def image_ids(paths):
 
     If two numbers are equal: the file stem; if two stems are equal: folder/stem.
     """
-    for ids in ([_bare(path.name) for path in paths], [path.stem for path in paths]):
-        if len(set(ids)) == len(ids):
-            return ids
-    return [f"{path.parent.name}/{path.stem}" for path in paths]
+    ids = list(map(_key(paths), (path.name for path in paths)))
+    return ids if len(set(ids)) == len(ids) else [f"{path.parent.name}/{path.stem}" for path in paths]
 
 
 def _labels_by_text(classes, class_ids):
@@ -344,11 +343,22 @@ def _read_reference(path):
         yield number, *(row[i] for i in wanted)
 
 
+def _key(paths):
+    """The function of a name that tells these chips apart: `_bare` if their numbers differ, else `_stem`."""
+    numbers = {_bare(path.name) for path in paths}
+    return _bare if len(numbers) == len(paths) else _stem
+
+
 def _bare(name):
     """The number in names such as `Gotcha17.png`, `SAR_17` and `17`; of any other name the stem."""
-    stem = re.sub(r"\.[A-Za-z]+$", "", name)
-    match = re.fullmatch(r"(?:[A-Za-z]+_?)?(\d+)", stem)
-    return match[1] if match else stem
+    match = re.fullmatch(r"(?:[A-Za-z]+_?)?(\d+)", _stem(name))
+    return match[1] if match else _stem(name)
+
+
+def _stem(name):
+    """A file name without the extension of an image."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
 
 
 def _natural(name):

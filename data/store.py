@@ -32,15 +32,23 @@ FILLED = 0.25  # share of the 256 levels that the chips should use
 GREY_SAMPLE = 20_000  # chips; they fix the mean grey level to 0.0004
 
 
-def choose_grey_range(paths, grey_range=()):
-    """(black, white), floats, through which files with more than 8 bits are read; printed unless it is (0, 255).
+def choose_reading(paths, grey_range=()):
+    """How the files of a sensor's training chips are read: `side` and `grey_range` of `open_store`.
 
-    paths: files of one sensor's training chips; grey_range: GREY_RANGE, empty = that of `data.decode.survey`.
+    It prints the range unless that is (0, 255).
+
+    Args:
+        paths: files.
+        grey_range: GREY_RANGE; empty = that of `data.decode.survey`.
+
+    Returns:
+        side, px; (black, white), floats.
     """
-    black, white = grey_range or survey(paths).grey_range
+    side, surveyed_range = survey(paths)
+    black, white = grey_range or surveyed_range
     if (black, white) != EIGHT_BITS:
         print(f"files with more than 8 bits are read from {black:g} (black) to {white:g} (white); see GREY_RANGE")
-    return float(black), float(white)
+    return side, (float(black), float(white))
 
 
 def open_store(paths, folder, skip_bad=False, side=None, grey_range=None):

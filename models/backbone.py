@@ -1,15 +1,18 @@
 """The classifier: a timm backbone on one grey channel, and a linear head."""
 
+import contextlib
 import difflib
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
 CHIPS = {"in_chans": 1, "num_classes": 0}  # of timm.create_model: one grey channel, no head
 PATCH_STEPS = (8, 14, 16, 32)  # px; a backbone that cannot be built for IMAGE_SIZE is tried with multiples of these
+TILING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)  # may cut their input into tiles; subclasses of timm pad it first
 REACH = 32  # px; how far from the side of an image the backbone's input size is searched
 
 
@@ -31,7 +34,9 @@ class Head(nn.Linear):
 class Classifier(nn.Module):
     """Chip classifier: a timm backbone that gives pooled features, and a linear head that gives logits.
 
-    Images of a size that the backbone does not take are resized to the nearest that it takes.
+    Images of a size that the backbone does not take are resized to the nearest that it takes. A size at which a layer
+    with stride and kernel of equal size (such as ConvNeXt's 2x2 downsampling) would leave out the last row of a map is
+    taken only if there is no other. A ConvNeXt gets multiples of 32 px, and so one size for all scales of small chips.
 
     Args:
         backbone: name of a timm model.
@@ -200,10 +205,13 @@ def _build_for_size(name, image_size):
 def _nearest_size(model, name, side, built_size, reach):
     """The size nearest to `side`, within `reach`, that a backbone in eval mode takes, px; else `built_size`."""
     near = sorted(range(max(1, side - reach), side + reach + 1), key=lambda size: (abs(size - side), -size))
+    tiling = [layer for layer in model.modules() if _is_tiling(layer)]
+    choices = [(size, tiling) for size in near if tiling] + [(size, []) for size in (*near, built_size)]
     reason = None
-    for size in (*near, built_size):
+    for size, without_remainder in choices:
         try:
-            _probe(model, size)
+            with _refuse_remainders(without_remainder):
+                _probe(model, size)
             return size
         except torch.OutOfMemoryError:
             raise
@@ -213,6 +221,30 @@ def _nearest_size(model, name, side, built_size, reach):
         f"BACKBONE={name} takes no inputs of about {side} px, nor of {built_size} px ({reason}); set another "
         "IMAGE_SIZE, other scales, or another BACKBONE"
     ) from reason
+
+
+def _is_tiling(layer):
+    """Whether a layer cuts its input into tiles: what is left beyond the last complete tile is not used."""
+    if type(layer) not in TILING or layer.padding not in (0, (0, 0)) or getattr(layer, "ceil_mode", False):
+        return False
+    kernel = to_2tuple(layer.kernel_size)
+    return kernel == to_2tuple(layer.stride) != (1, 1)
+
+
+@contextlib.contextmanager
+def _refuse_remainders(layers):
+    """Within this, a pass through one of these layers raises ValueError if their tiles leave rows or columns over."""
+
+    def check(layer, inputs):
+        if any(side % tile for side, tile in zip(inputs[0].shape[-2:], to_2tuple(layer.kernel_size), strict=True)):
+            raise ValueError(f"a layer would not use the last rows or columns of a map {list(inputs[0].shape[-2:])}")
+
+    hooks = [layer.register_forward_pre_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

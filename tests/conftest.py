@@ -21,32 +21,36 @@ FORKED.set_forkserver_preload(
 TINY = {"sedan": 48, "SUV": 24, "van": 12, "bus": 6}
 
 
-def run_script(script, cwd, *settings, threads=2):
+def run_script(script, cwd, *settings, threads=2, environment=None):
     """Run a script as a user would; returns the finished process with its output as text."""
-    return run_python(cwd, ROOT / script, *settings, threads=threads)
+    return run_python(cwd, ROOT / script, *settings, threads=threads, environment=environment)
 
 
-def run_python(cwd, *arguments, threads=2, limit=None):
+def run_python(cwd, *arguments, threads=2, limit=None, environment=None):
     """Run Python with these arguments; returns the finished process with its output as text.
 
     The process is forked from one that has imported all that the scripts import and done nothing
     else, since that takes longer than most runs of the tests.
 
     limit: bytes that a file may grow to, as on a disk that is full.
+    environment: variables that are set for the process.
     """
     arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
-        process = FORKED.Process(target=_run, args=(cwd, arguments, out, err, threads, limit))
+        process = FORKED.Process(target=_run, args=(cwd, arguments, out, err, threads, limit, environment or {}))
         process.start()
         process.join(600)
         said = [Path(path).read_text(errors="replace") for path in (out, err)]
     return subprocess.CompletedProcess(arguments, process.exitcode, *said)
 
 
-def _run(cwd, arguments, out, err, threads, limit):
+def _run(cwd, arguments, out, err, threads, limit, environment):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= environment
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=environment.get("PYTHONIOENCODING"))
     os.chdir(cwd)
     torch.set_num_threads(threads)
     if limit:

@@ -26,6 +26,7 @@ from utils.run.checkpoint import FORMAT, KEYS
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 SENSORS, CLASSES = ("EO", "SAR"), ("sedan", "SUV", "van", "bus")
@@ -42,6 +43,7 @@ TEACHER, STUDENT, FINAL = (f"runs/{stage}/best.pt" for stage in EARLIER[:3])
 HEADER = "image_id,class,OOD_flag\n"
 ROWS = [f"Gotcha{n},{CLASSES[n % 4]},{int(n > 106)}\n" for n in range(101, 109)]  # two are unknown
 GIVEN = "".join(ROWS)
+LOCKS = contextlib.ExitStack()
 
 
 # How the input comes about: each gives a function that is called in the folder of the case.
@@ -64,6 +66,39 @@ def chip(path, level=None, size=(12, 12)):
         Image.fromarray(levels if level is None else np.full_like(levels, level)).save(path)
 
     return change
+
+
+def array(path, levels):
+    """A chip's file is replaced by an array."""
+
+    def change():
+        Path(path).unlink()
+        np.save(Path(path).with_suffix(".npy"), levels)
+
+    return change
+
+
+def by_class(folder, **named):
+    """Chips without a reference, one in each class folder; `named`: other names of some folders."""
+
+    def change():
+        shutil.rmtree(folder)
+        for i, name in enumerate(CLASSES):
+            chip(f"{folder}/{named.get(name, name)}/Gotcha{i}.png")()
+
+    return change
+
+
+def numbers_for_names():
+    """Class folders get numbers that are not their positions in CLASSES=1,0,2,3."""
+    for sensor in SENSORS:
+        for i, name in enumerate(CLASSES):
+            os.rename(f"data/{sensor}/{name}", f"data/{sensor}/{i}")
+
+
+def lock(path):
+    """Another process holds a lock file until the end of the test."""
+    return lambda: LOCKS.enter_context(FileLock(path))
 
 
 def remove(*paths):
@@ -206,8 +241,10 @@ CASES = [
     bad("DATA_ROOT loops", link("loop", "loop"), "pretrain.py DATA_ROOT=loop", "is not a folder"),
     bad("DATA_ROOT has moved", move("data", "elsewhere"), "finetune.py",
         f"the data set's folder in the checkpoint {STUDENT}, DATA_ROOT data, is not a folder here"),
+    bad("DATA_ROOT has moved since", move("data", "elsewhere"), "results.py",
+        f"the data set's folder in the checkpoint {FINAL}, DATA_ROOT data, is not a folder here"),
     bad("no layout", write("other/x/0.png", b""), "pretrain.py DATA_ROOT=other",
-        "the README shows the layouts"),
+        "the README shows the layouts, and find_pairs in data/layouts.py takes further ones"),
     bad("empty class", lambda: os.mkdir("data/EO/truck"), "pretrain.py",
         "EO/truck holds no chips; fill or remove"),
     bad("misspelt class", [move("data/EO/sedan", "data/EO/sedna"), move("data/SAR/sedan", "data/SAR/sedna")],
@@ -272,6 +309,16 @@ CASES = [
         "pretrain.py", "next: python"),
     bad("all EO is black", empty("data/EO"), "pretrain.py", "all training chips are empty"),
     bad("all SAR is black", empty("data/SAR"), "sar_feature.py", "all training chips are empty"),
+    bad("an array with channels", array(CHIP, np.zeros((3, 12, 12))), "pretrain.py",
+        "data/EO/bus/0.npy (it holds float64 [3, 12, 12]; a chip is an array [H, W] of real numbers)"),
+    bad("an empty array", array(CHIP, np.zeros((0, 12))), "pretrain.py", "it holds float64 [0, 12]"),
+    bad("an array of objects", array(CHIP, np.array([[Code()]])), "pretrain.py",
+        "Object arrays cannot be loaded when allow_pickle=False"),
+    good("an array among images", [array(CHIP, np.eye(12, dtype=np.uint8)), array(SAR_CHIP, np.eye(12) > 0)],
+        "pretrain.py", "next: python"),
+    bad("a range that 8-bit levels lie outside of", array(CHIP, np.arange(144.0).reshape(12, 12) + 300),
+        "pretrain.py GREY_RANGE=0,255",
+        "nearly all of its levels, 300 to 443, are outside GREY_RANGE=0,255; train with GREY_RANGE=300.143,442.857"),
     bad("all SAR is black since", empty("data/SAR"), "finetune.py",
         "all training chips have the same features"),
 
@@ -303,7 +350,11 @@ CASES = [
     bad("an id too many", reference(GIVEN + "Gotcha9,bus,0\n"), "results.py",
         "names 1 chips that are not there: 9"),
     bad("chips of one number", copy("data/test/Gotcha101.png", "data/test/SAR_101.png"), "results.py",
-        "cannot tell the chips of one number apart: 101"),
+        "has no row for 1 chips: SAR_101.png"),
+    bad("chips of one name", [by_class("data/test"), copy("data/test/bus/Gotcha3.png", "data/test/van"), reference()],
+        "results.py", "cannot tell the chips of one name apart: Gotcha3"),
+    good("two rows of one number", [copy("data/test/Gotcha101.png", "data/test/SAR_101.png"),
+        reference(GIVEN + "SAR_101,bus,0\n")], "results.py CLUSTER_BY=none", "9 chips"),
     good("BOM", reference(header="\ufeff" + HEADER), "results.py", "written:", lambda: total() is not None),
     good("CRLF", reference(GIVEN.replace("\n", "\r\n")), "results.py", "written:"),
     good("blank lines", reference("\n".join(ROWS) + "\n,,\n", "\n" + HEADER), "results.py", "written:"),
@@ -330,6 +381,17 @@ CASES = [
         lambda: total() is None),
     good("nothing known", reference(ALL_UNKNOWN), "results.py", "all scores are undefined (-)",
         lambda: total() is None),
+    good("class folders", by_class("data/test"), "results.py", "0 of 4 chips are out of distribution"),
+    good("class folders of unknown classes", by_class("data/test", bus="-1", van="tank"), "results.py",
+        "2 of 4 chips are out of distribution, those in the subfolders -1, tank"),
+    bad("misspelt class folder", by_class("data/test", sedan="Sedan"), "results.py",
+        "data/test, subfolder Sedan: it is the class sedan; rename it so"),
+    bad("misspelt class folder in the validation", by_class("data/val", SUV="S-U-V"), "sar_feature.py",
+        "data/val, subfolder S-U-V: it is the class SUV; rename it so"),
+    bad("ambiguous class folder", [by_class("data/test", sedan="0"), edit(FINAL, classes=tuple("1023"))],
+        "results.py", "subfolder 0: '0' is the name of one class and the number of another one in a submission"),
+    bad("ambiguous class folder in the validation", [by_class("data/val", SUV="1"), numbers_for_names],
+        "pretrain.py SENSOR=SAR CLASSES=1,0,2,3", "data/val, subfolder 1: '1' is the name of one class and"),
     bad("in the validation", write("data/val/v.csv", HEADER), "sar_feature.py",
         "v.csv has no row for 8 chips"),
 
@@ -382,12 +444,13 @@ CASES = [
     bad("weights that are not finite", edit(STUDENT, model={"head.weight": torch.full((2, 2), torch.nan)}),
         "finetune.py", "not finite, so its training failed; run again with a lower LEARNING_RATE"),
 
-    # Settings
+    # Settings and the machine
     *(bad(setting, None, f"pretrain.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "EPOCHS=0", "EPOCHS=-1", "EPOCHS=1e3", "BATCH_SIZE=0", "IMAGE_SIZE=0", "SEED=-1",
         "SEED=99999999999999999999", "LEARNING_RATE=nan", "LEARNING_RATE=inf", "LEARNING_RATE=1e400",
         "LEARNING_RATE=0", "WEIGHT_DECAY=-1", "WARMUP_EPOCHS=-1", "WARMUP_EPOCHS=1e308", "CLIP=-1", "EMA=1",
         "EMA=-0.1", "VAL_FRACTION=0", "VAL_FRACTION=1", "GAMMA=-1", "BALANCE=-1", "BALANCE=1000",
+        "GREY_RANGE=1", "GREY_RANGE=0,1,2", "GREY_RANGE=0,nan", "GREY_RANGE=x,y",
         "JITTER=-1", "SPECKLE=nan", "CLASS_WEIGHTS=", "CLASS_WEIGHTS=-1", "CLASS_WEIGHTS=nan",
         "TRAIN_SCALES=", "TRAIN_SCALES=0", "TRAIN_SCALES=1e400", "CHIP_MEMORY_GB=-1")),
     *(bad(setting, None, f"sar_feature.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
@@ -397,6 +460,12 @@ CASES = [
         "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
         "OOD_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),
     bad("no loss", None, "sar_feature.py KL_WEIGHT=0 LABEL_WEIGHT=0", "are all 0; nothing would be learned"),
+    *(bad(f"{script} from white to black", None, f"{script} GREY_RANGE=255,0",
+        "black and white, the first below the second, not (255.0, 0.0)") for script in list(QUICK)[:2]),
+    *(bad(f"a second {stage}.py", lock(f"runs/{stage}.lock"), f"{stage}.py",
+        f"another process writes into OUT_DIR runs/{stage} at this moment") for stage in EARLIER),
+    bad("one value a channel", None, "pretrain.py BATCH_SIZE=1 OUT_DIR=other",
+        "a batch norm needs more than one value a channel, but this step has 1 chips on each rank"),
     bad("no class weighs", None, "pretrain.py CLASS_WEIGHTS=0", "CLASS_WEIGHTS are all 0"),
     bad("too few CLASS_WEIGHTS", None, "pretrain.py CLASS_WEIGHTS=1,2", "CLASS_WEIGHTS needs 1 or 4 numbers"),
     bad("OUT_DIR is a file", write("file", b""), "pretrain.py OUT_DIR=file",
@@ -457,7 +526,8 @@ def test_input(world, tmp_path, monkeypatch, capsys, change, command, message, r
     before = earlier_files()
     capsys.readouterr()
     try:
-        command() if callable(command) else run(command)
+        with LOCKS:
+            command() if callable(command) else run(command)
         stopped = None
     except SystemExit as error:
         stopped = error.code

@@ -3,6 +3,7 @@
 import io
 import runpy
 
+from data.decode import survey
 from data.errors import DataError
 from data.layouts import find_reference, read_labelled
 from data.store import decode
@@ -29,14 +30,14 @@ def damaged(*files):
     """One of the files, with bytes changed, cut off or added; or bytes of any kind."""
     changes = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8)
 
-    def damage(file, changes, kept, added):
+    def damage(file, changes, share, added):
         file = bytearray(file)
         for place, byte in changes:
             file[int(place**3 * len(file))] = byte  # more of them where the headers are
-        return bytes(file[: int(kept * len(file))]) + added
+        return bytes(file[: int(share * len(file))]) + added
 
-    kept = st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.1])
-    return st.builds(damage, st.sampled_from(files), changes, kept, st.binary(max_size=4)) | st.binary()
+    share_left = st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.1])
+    return st.builds(damage, st.sampled_from(files), changes, share_left, st.binary(max_size=4)) | st.binary()
 
 
 def saved(kind, mode, **options):
@@ -68,6 +69,34 @@ def test_images(tmp_path_factory, content):
         assert str(error)
 
 
+def saved_array(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+KINDS = (np.uint8, bool, np.int16, np.float32, np.float64)
+ARRAYS = [saved_array(LEVELS.astype(kind)) for kind in KINDS]
+ARRAYS += [saved_array(LEVELS[None]), saved_array(np.asfortranarray(LEVELS)), saved_array(LEVELS.astype(">u2"))]
+
+
+@settings(bounded, max_examples=200)
+@given(content=damaged(*ARRAYS))
+@example(ARRAYS[0].replace(b"{'descr", b"{" + b"-" * 6))  # SyntaxError in numpy
+@example(ARRAYS[0].replace(b"(12, 9)", b"(9e9, 9)"))  # TypeError
+@example(ARRAYS[0].replace(b"(12, 9),", b"(9**9,9)"))  # ValueError
+def test_arrays(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.npy"
+    path.write_bytes(content)
+    side, (black, white) = survey([path])
+    assert 0 < side <= 512 and black < white
+    try:
+        chip = decode(path, 16, (black, white))
+        assert chip.shape == (16, 16) and chip.dtype == np.uint8
+    except DataError as error:
+        assert str(error)
+
+
 REFERENCE = b"image_id,class,OOD_flag\r\nGotcha1,bus,0\r\nGotcha2,1,1\r\n"
 CELLS = st.sampled_from(["Gotcha1", "2.png", "bus", "0", "1", "\u00b2", "", "\0", '"']) | st.text(max_size=3)
 TABLES = st.lists(st.lists(CELLS, max_size=5).map(",".join), max_size=4)
@@ -82,8 +111,8 @@ def test_references(tmp_path_factory, content):
     (folder / "reference.csv").write_bytes(content)
     chips = [folder / "Gotcha1.png", folder / "Gotcha2.png"]
     try:
-        found = read_labelled(chips, find_reference(folder), ("sedan", "bus"), (0, 7))
-        assert found.labels.shape == found.ood.shape == (2,) and set(found.labels) <= {-1, 0, 1}
+        labelled = read_labelled(chips, find_reference(folder), ("sedan", "bus"), (0, 7))
+        assert labelled.labels.shape == labelled.ood.shape == (2,) and set(labelled.labels) <= {-1, 0, 1}
     except DataError as error:
         assert "reference.csv" in str(error)
 
@@ -92,15 +121,15 @@ def test_references(tmp_path_factory, content):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "best.pt"
     network = Classifier("test_resnet", 2, 16).state_dict()
-    whole = {
+    contents = {
         "stage": "pretrain", "sensor": "EO", "settings": {}, "backbone": "test_resnet", "image_size": 16,
         "chip_side": 16, "views": ((0, 1.0),), "ood": {}, "validation": {}, "classes": ("a", "b"),
         "class_ids": (0, 1), "counts": (5, 3), "scales": (1.0,),
         "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
         "model": network,
     }  # fmt: skip
-    save_checkpoint(path, whole)
-    return path, path.read_bytes(), whole
+    save_checkpoint(path, contents)
+    return path, path.read_bytes(), contents
 
 
 def rebuilt(path):
@@ -115,8 +144,8 @@ def rebuilt(path):
 @bounded
 @given(data=st.data())
 def test_bytes_of_checkpoints(checkpoint, data):
-    path, whole, _ = checkpoint
-    path.write_bytes(data.draw(damaged(whole)))
+    path, undamaged, _ = checkpoint
+    path.write_bytes(data.draw(damaged(undamaged)))
     rebuilt(path)
 
 
@@ -128,8 +157,8 @@ ENTRIES = st.recursive(VALUES, lambda x: st.lists(x, max_size=3) | st.dictionari
 @bounded
 @given(entries=st.dictionaries(st.sampled_from(list(KEYS)), ENTRIES, min_size=1, max_size=3))
 def test_entries_of_checkpoints(checkpoint, entries):
-    path, _, whole = checkpoint
-    save_checkpoint(path, whole | entries)
+    path, _, contents = checkpoint
+    save_checkpoint(path, contents | entries)
     rebuilt(path)
 
 

@@ -270,6 +270,7 @@ def test_results_in_other_ways(pipeline, settings):
     if "CLUSTER_BY=none" in settings:
         steps = list(csv.DictReader(open(cwd / "other_results/steps.csv")))
         assert steps[0]["total"] == steps[-1]["total"]
+        assert [step["step"] for step in steps] == ["one view", "+ vote", "+ cluster score"] and "+ TTA" not in out
 
 
 def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, tmp_path):
@@ -280,7 +281,6 @@ def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, 
         shutil.copy(source, tmp_path / name)
     process = run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed")
     assert process.returncode == 1 and "has no number in its name" in process.stderr
-    assert "predict" not in process.stderr
     settings = ["OUT_DIR=unnamed", "CLUSTER_BY=features", "REPORT=False"]
     must(run_script("results.py", cwd, f"TEST_DIR={tmp_path}", *settings))
     rows = list(csv.DictReader(open(cwd / "unnamed/results.csv")))
@@ -312,11 +312,53 @@ def test_a_missing_predecessor_is_named(tmp_path, script, message):
     (["EPOCHS=three"], "EPOCHS is a whole number"),
     (["DATA_ROOT=nowhere"], "DATA_ROOT nowhere is not a folder"),
     (["DEVICE=tpu9"], "DEVICE tpu9 cannot be used"),
+    (["DEVICE=mps"], "DEVICE mps cannot be used: the scripts compute on cpu or cuda only; set auto, cpu,"),
     (["BACKBONE=resnet81"], "knows no backbone 'resnet81'"),
 ])  # fmt: skip
 def test_wrong_settings_end_with_a_sentence(tmp_path, tiny_demo, settings, message):
     process = run_script("pretrain.py", tmp_path, f"DATA_ROOT={tiny_demo}", *settings)
     assert process.returncode == 1 and message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_paths_that_the_terminal_cannot_print(tmp_path, tiny_demo):
+    """As on a Windows console of Western Europe."""
+    environment = {"PYTHONIOENCODING": "cp1252"}
+    process = run_script("pretrain.py", tmp_path, "DATA_ROOT=图像", environment=environment)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert r"DATA_ROOT \u56fe\u50cf is not a folder" in process.stderr
+
+
+@pytest.mark.slow
+def test_a_run_in_folders_that_the_terminal_cannot_print(tmp_path, tiny_demo):
+    (tmp_path / "图像").symlink_to(tiny_demo)
+    settings = ["DATA_ROOT=图像", "OUT_DIR=结果", "EPOCHS=1"]
+    process = run_script("pretrain.py", tmp_path, *settings, environment={"PYTHONIOENCODING": "cp1252"})
+    assert r"written: \u7ed3\u679c/best.pt" in must(process) and (tmp_path / "结果/best.pt").exists()
+    assert "%|" not in process.stderr
+
+
+def test_a_log_has_no_progress_bars(pipeline):
+    cwd, _ = pipeline
+    settings = ["ROTATIONS=0", "SCALES=1", "REPORT=False", "OUT_DIR=logged", "STORE_DIR=logged/chips"]
+    process = run_script("results.py", cwd, *settings)
+    assert "one view" in must(process) and "%|" not in process.stderr
+
+
+def test_ranks_that_no_torchrun_started(tmp_path):
+    process = run_script("pretrain.py", tmp_path, environment={"WORLD_SIZE": "4", "RANK": "0"})
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "has WORLD_SIZE=4 but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start several ranks" in process.stderr
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler(tmp_path, tiny_demo):
+    environment = dict.fromkeys(("CC", "CXX", "PATH"), "/nowhere") | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    settings = [f"DATA_ROOT={tiny_demo}", "EPOCHS=1", "COMPILE=True"]
+    process = run_script("pretrain.py", tmp_path, *settings, environment=environment)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "COMPILE=True cannot be used on this machine (" in process.stderr
+    assert "install a C++ compiler, or set COMPILE=False" in process.stderr
+    assert not (tmp_path / "runs/pretrain").exists()
 
 
 def test_sar_checkpoint_is_no_teacher(pipeline):

@@ -71,7 +71,7 @@ def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scen
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
         steps = sum(train_counts.values()) + val_scenes + test_scenes
-        with tqdm(desc=f"writing {root}", total=steps) as bar:
+        with tqdm(desc=f"writing {root}", total=steps, disable=None) as bar:
             _write_train(partial, seed, train_counts, bar)
             names = list(train_counts)
             for split, (folder, reference, scenes) in enumerate(

@@ -74,6 +74,6 @@ def test_shares_of_a_batch_are_augmented_as_the_whole_batch():
         torch.manual_seed(3)
         return speckle(jitter(images[rows], 0.2, share), 0.1, 0.4, 0.12, share)
 
-    whole = augmented(slice(None), None)
+    batch = augmented(slice(None), None)
     for rows in (slice(0, 5), slice(5, 10), slice(3, 4)):
-        assert torch.equal(augmented(rows, Share(rows, 10)), whole[rows])
+        assert torch.equal(augmented(rows, Share(rows, 10)), batch[rows])

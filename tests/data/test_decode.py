@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from data import decode as decoding
-from data.decode import decode, decode_all, survey
+from data.decode import decode, decode_all, grey_levels, survey
 from data.errors import DataError
 from tests.conftest import ROOT
 
@@ -71,6 +71,35 @@ def test_a_damaged_exif_block_is_ignored(tmp_path):
     for block in (b"Exif\0\0", b"Exif\0\0II*\0garbage", b"\xff" * 30):
         path = save(tmp_path / "chip.png", Image.fromarray(UPRIGHT), exif=block)
         np.testing.assert_array_equal(decode(path), UPRIGHT)
+
+
+def test_images_and_arrays_from_memory_give_what_their_files_give(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    signed, deep = (RAMP - 128).astype(np.int8), (RAMP * 16).astype(np.uint16)
+    files = [
+        save(tmp_path / "turned.jpg", Image.fromarray(UPRIGHT), exif=exif),
+        save(tmp_path / "turned.png", Image.fromarray(UPRIGHT).convert("P"), exif=exif),
+        save(tmp_path / "turned.tif", Image.fromarray(deep), exif=exif),
+        pages(tmp_path / "pages.tif", LEVELS, UPRIGHT),
+        write_tiff(tmp_path / "signed.tif", signed),
+        save(tmp_path / "float.tif", Image.fromarray(deep.astype(np.float32))),
+    ]
+    for path in files:
+        with Image.open(path) as image:
+            before, format_before = np.array(image), image.format
+            np.testing.assert_array_equal(grey_levels(image, 9, (0, 4095)), decode(path, 9, (0, 4095)))
+            np.testing.assert_array_equal(image, before)
+            assert image.format == format_before
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(UPRIGHT)))
+    image.getexif()[0x0112] = 6
+    np.testing.assert_array_equal(grey_levels(image), UPRIGHT)
+    for array in (UPRIGHT, deep, signed, RAMP / 255, RAMP > 99, np.asfortranarray(deep), UPRIGHT[:, ::-1]):
+        np.save(path := tmp_path / "a.npy", array)
+        np.testing.assert_array_equal(grey_levels(array, 9, (-99, 4000)), decode(path, 9, (-99, 4000)))
+    for value, message in ((np.zeros((2, 2, 2)), r"\[2, 2, 2\]"), (Image.new("F", (2, 2)), "set GREY_RANGE")):
+        with pytest.raises(DataError, match=message):
+            grey_levels(value)
 
 
 def pages(path, *arrays):
@@ -174,7 +203,8 @@ def test_pixels_that_are_not_finite_are_black_and_counted(tmp_path):
     (np.zeros((2, 3, 3)), r"float64 \[2, 3, 3\]; a chip is an array \[H, W\]"),
     (np.zeros(5), r"float64 \[5\]"), (np.zeros((0, 4)), r"\[0, 4\]"), (np.zeros((3, 3), complex), "complex128"),
     (np.array([["a"]]), "<U1"), (np.array([[{}]]), "allow_pickle"), (np.zeros((2**13, 2**12), bool), "are no chip"),
-    (RAMP.astype(np.uint16) * 257, "nearly all of its levels, 0 to 65535, are outside GREY_RANGE=0,255"),
+    (RAMP.astype(np.uint16) * 257, "nearly all of its levels, 0 to 65535, are outside GREY_RANGE=0,255; "
+        "train with GREY_RANGE=0,65535, or convert the file to levels of 0 to 255"),
     (RAMP / 5 - 50, "nearly all of its levels, -50 to 1, are outside GREY_RANGE=0,255"),
 ])  # fmt: skip
 def test_arrays_that_are_no_chips_are_refused(tmp_path, values, message):

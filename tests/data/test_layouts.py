@@ -77,7 +77,7 @@ def test_sides_that_do_not_match(tmp_path):
 def test_missing_roots_and_empty_classes(tmp_path):
     with pytest.raises(DataError, match="DATA_ROOT"):
         find_pairs(tmp_path / "none")
-    with pytest.raises(DataError, match="holds none of"):
+    with pytest.raises(DataError, match="holds none of .* find_pairs in data/layouts.py"):
         find_pairs(tmp_path)
     pairs_in(tmp_path, "EO", "SAR")
     (tmp_path / "EO" / "van").mkdir()
@@ -114,6 +114,18 @@ def labels_of(tmp_path, classes, class_ids, written):
     rows = [f"Gotcha{i},{name},0" for i, name in enumerate(written)]
     (tmp_path / "r.csv").write_text("\n".join(["image_id,class,OOD_flag", *rows]))
     return read_labelled(paths, tmp_path / "r.csv", classes, class_ids).labels.tolist()
+
+
+def test_chips_of_one_number_are_told_apart_by_their_names(tmp_path):
+    paths = [tmp_path / "a_0000.png", tmp_path / "b_0000.png", tmp_path / "b_0001.png"]
+    (tmp_path / "r.csv").write_text("image_id,class,OOD_flag\nb_0000.png,bus,0\nb_0001,x,1\na_0000,sedan,0\n")
+    assert read_labelled(paths, tmp_path / "r.csv", ("sedan", "bus"), (0, 7)).labels.tolist() == [0, 1, -1]
+    for row, message in (("a_0000,bus,0", "a_0000 stands there twice"), ("0000,bus,0", "1 chips .* not there: 0000")):
+        with open(tmp_path / "r.csv", "a") as file:
+            file.write(f"{row}\n")
+        with pytest.raises(DataError, match=message):
+            read_labelled(paths, tmp_path / "r.csv", ("sedan", "bus"), (0, 7))
+        (tmp_path / "r.csv").write_text((tmp_path / "r.csv").read_text().replace(f"{row}\n", ""))
 
 
 def test_numbers_in_a_reference_are_those_of_a_submission(tmp_path):
@@ -210,3 +222,4 @@ def test_image_ids():
     assert image_ids([Path("Gotcha17.png"), Path("SAR_42.png"), Path("100.PNG")]) == ["17", "42", "100"]
     assert image_ids([Path("2S1_0001.png"), Path("other.png")]) == ["2S1_0001", "other"]
     assert image_ids([Path("SAR_1.png"), Path("EO_1.png")]) == ["SAR_1", "EO_1"]
+    assert image_ids([Path("HB01001.006.png"), Path("a.b.npy")]) == ["HB01001.006", "a.b"]

@@ -14,7 +14,7 @@ from data.store import (
     ChipStore,
     MemoryBudget,
     _may_fork,
-    choose_grey_range,
+    choose_reading,
     grey_statistics,
     open_store,
     place_stores,
@@ -212,17 +212,18 @@ def test_stores_of_two_grey_ranges_lie_side_by_side(tmp_path, decoded, capsys):
     assert len(digests) == 2
     open_store([path], tmp_path / "store")  # the range of the survey
     capsys.readouterr()
-    chosen = choose_grey_range([path])
+    side, chosen = choose_reading([path])
+    assert side == LEVELS.shape[0]
     assert {type(x) for x in chosen} == {float} and chosen[0] >= 0 and 3500 < chosen[1] <= 4080
     assert "files with more than 8 bits are read from" in capsys.readouterr().out
     decoded.clear()
-    open_store([path], tmp_path / "store", grey_range=chosen)
+    open_store([path], tmp_path / "store", False, side, chosen)
     assert decoded == []
-    assert choose_grey_range([path], (-3, 5)) == (-3.0, 5.0)
+    assert choose_reading([path], (-3, 5)) == (side, (-3.0, 5.0))
 
 
 def test_8_bit_files_have_the_range_of_8_bits_in_silence(files, capsys):
-    assert choose_grey_range(files) == (0.0, 255.0) and not capsys.readouterr().out
+    assert choose_reading(files)[1] == (0.0, 255.0) and not capsys.readouterr().out
 
 
 def test_a_store_that_cannot_be_written_to_can_be_read(tmp_path, files, decoded, monkeypatch):

@@ -1,14 +1,13 @@
 """Prediction from Python: `Predictor.load("runs/finetune/best.pt")(image)`."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.decode import EIGHT_BITS
+from data.decode import EIGHT_BITS, decode, grey_levels
 from data.errors import DataError
 from data.layouts import find_chips
-from data.store import ChipStore, decode
+from data.store import ChipStore
 from utils.predict.members import choose_score, load_members, set_views
 from utils.predict.pipeline import PipelineSettings, run_pipeline
 from utils.run.device import choose_device
@@ -74,7 +73,8 @@ class Predictor:
         Args:
             images: an image: a path, a PIL image, or a uint8 array of grey levels [H, W] or colours
                 [H, W, 3]; or several images: a list of these, a folder, or an array [N, H, W] or
-                [N, H, W, 3]. An array with three axes, the last of 3 entries, is one colour image.
+                [N, H, W, 3]. An array with three axes, the last of 3 entries, is one colour image; three equal
+                planes [3, H, W], a grey chip with channels first, are refused.
                 If the checkpoint was trained on files with more than 8 bits, an array of grey levels may
                 have any real type; it is read through the checkpoint's GREY_RANGE, as files are.
 
@@ -101,6 +101,11 @@ def _listed(images):
         images = [images]
     elif isinstance(images, np.ndarray):
         is_colour = images.ndim > 2 and images.shape[-1] == 3
+        if images.ndim == 3 and len(images) == 3 and not is_colour and (images == images[0]).all():
+            raise DataError(
+                f"the array {list(images.shape)} looks like one chip with channels first, for its three planes are "
+                "equal; give one of them, [H, W], or three equal chips as a list"
+            )
         images = images if images.ndim == 3 + is_colour else images[None]
     images = list(images)
     if not images:
@@ -111,7 +116,7 @@ def _listed(images):
 
 
 def _chip(image, name, side, grey_range):
-    """uint8 [side, side] grey levels of an image, by `data.store.decode`."""
+    """uint8 [side, side] grey levels of an image."""
     if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
         image = np.asarray(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
@@ -121,19 +126,9 @@ def _chip(image, name, side, grey_range):
             raise DataError(
                 f"image {name} is an array {image.dtype} {list(image.shape)}; give uint8 [H, W] or [H, W, 3]"
             )
-        if image.shape == (side, side) and image.dtype == np.uint8:
-            return image
         image = Image.fromarray(image) if is_colour else image
+    read = decode if isinstance(image, (str, os.PathLike)) else grey_levels
     try:
-        if isinstance(image, (str, os.PathLike)):
-            return decode(image, side, grey_range)
-        with tempfile.TemporaryDirectory() as folder:  # decode reads files only
-            path = Path(folder, "image")
-            if isinstance(image, np.ndarray):
-                with open(path, "wb") as file:
-                    np.save(file, image)
-            else:
-                image.save(path, "PNG", compress_level=1, exif=image.getexif())  # it holds the orientation
-            return decode(path, side, grey_range)
-    except (DataError, OSError) as error:
+        return read(image, side, grey_range)
+    except DataError as error:
         raise DataError(f"image {name} cannot be read ({error})") from error

@@ -94,7 +94,7 @@ def predict(model, store, image_size, grey, views=IDENTITY, batch_size=256, prog
     by_scale = {scale: [view for view, other in views if other == scale] for _, scale in views}
     by_scale = {scale: torch.tensor(turns, device=device) for scale, turns in by_scale.items()}
     size = max(1, batch_size // max(map(len, by_scale.values())))
-    logits, features, start, hidden = [], [], 0, not progress or rank() > 0
+    logits, features, start, hidden = [], [], 0, not progress or rank() > 0 or None
     with tqdm(total=len(store) * len(views), desc=progress, unit=" views", disable=hidden) as bar:
         while start < len(store):
             chips = store[start : start + size]

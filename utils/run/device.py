@@ -2,6 +2,7 @@
 
 import os
 
+from data.errors import reason
 from utils.run.ranks import world_size
 from utils.run.settings import SettingError
 
@@ -20,6 +21,8 @@ def choose_device(name):
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the scripts compute on cpu or cuda only")
         if device.type == "cuda":
             if world_size() > 1 and device.index is None:
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -28,7 +31,7 @@ def choose_device(name):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(
-            f"DEVICE {name} cannot be used: {str(error).splitlines()[0][:120]}; set auto, cpu, cuda or cuda:1"
+            f"DEVICE {name} cannot be used: {reason(error).partition('. ')[0]}; set auto, cpu, cuda or cuda:1"
         ) from error
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -70,7 +70,7 @@ class _Training:
         learner.modules.train()
         with tqdm(
             batches.between(first, end), initial=first - epoch * steps, total=steps, leave=False, unit=" steps",
-            desc=f"epoch {epoch + 1}/{batches.epochs}", disable=rank() > 0,
+            desc=f"epoch {epoch + 1}/{batches.epochs}", disable=rank() > 0 or None,  # None: shown on a terminal only
         ) as bar:  # fmt: skip
             for batch in bar:
                 learner.step(batch)

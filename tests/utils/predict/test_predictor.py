@@ -51,6 +51,7 @@ def test_every_kind_of_image_gives_the_same(make_checkpoint, chips, tmp_path):
     first = predictor(chips[:1])
     for one in (paths[0], str(paths[0]), images[0], images[0].convert("RGBA"), chips[0], colours[0]):
         same(predictor(one), first)
+    assert len(predictor(chips[:3])) == 3 and len(predictor([chips[0]] * 3)) == 3
     larger = [image.resize((48, 40)) for image in images]
     larger[0].save(tmp_path / "larger.png")
     same(predictor(larger[0]), predictor(tmp_path / "larger.png"))
@@ -90,6 +91,7 @@ def test_chips_of_more_than_8_bits_are_read_through_the_checkpoint_s_range(make_
     ([], "no images"),
     (np.zeros((4, 4)), r"float64 \[4, 4\]"),
     (np.zeros((1, 2, 3, 4), np.uint8), r"uint8 \[1, 2, 3, 4\]"),
+    (np.stack([np.eye(32, dtype=np.uint8)] * 3), r"\[3, 32, 32\] looks like one chip with channels first"),
     ("nowhere.png", "image nowhere.png cannot be read"),
 ])  # fmt: skip
 def test_what_is_no_image_is_refused(make_checkpoint, images, message):
