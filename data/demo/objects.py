@@ -23,11 +23,11 @@ MATERIALS = (
     Material(0.27, 0.0, 0.0, -30.0),
     Material(0.22, -5.0, -5.0, -30.0),
     Material(0.16, 2.0, 2.0, -30.0),
-    Material(0.50, -2.0, 2.0, 8.0),
-    Material(0.55, -4.0, 2.0, 10.0),
+    Material(0.50, -2.0, 2.0, 6.0),
+    Material(0.55, -4.0, 2.0, 8.5),
     Material(0.10, -5.0, 0.0, 0.0),
     Material(0.14, 1.0, 1.0, 5.0),
-    Material(0.55, 4.0, 2.0, 9.0),
+    Material(0.55, 4.0, 2.0, 7.5),
     Material(0.55, -5.0, -5.0, -30.0),
 )
 GRASS, ASPHALT, FOLIAGE, CONCRETE, PAINT, GLASS, DARK, CARGO, MARKING = range(len(MATERIALS))
@@ -121,12 +121,12 @@ OTHERS = {
         Block(0, 0, 6.6, 3.4, 1.4, DARK), Block(-0.3, 0, 2.6, 2.2, 2.3, DARK), Block(2.8, 0, 4.2, 0.25, 2.0, DARK),
     ),
     "excavator": (
-        Block(-0.8, 0, 3.6, 2.8, 1.1, DARK), Block(-1.0, 0, 3.0, 2.4, 2.8, PAINT), Block(2.2, 0.4, 4.4, 0.5, 3.2, PAINT),
-        Block(4.3, 0.4, 0.9, 1.2, 1.0, DARK),
+        Block(-0.8, 0, 3.6, 2.8, 1.1, DARK), Block(-1.0, 0, 3.0, 2.4, 2.8, PAINT),
+        Block(2.2, 0.4, 4.4, 0.5, 3.2, PAINT), Block(4.3, 0.4, 0.9, 1.2, 1.0, DARK),
     ),
     "tractor": (
-        Block(0.7, 0, 2.2, 0.9, 1.5, PAINT), Block(-0.8, 0, 1.5, 1.4, 2.7, GLASS), Block(-0.9, 1.0, 1.7, 0.5, 1.7, DARK),
-        Block(-0.9, -1.0, 1.7, 0.5, 1.7, DARK),
+        Block(0.7, 0, 2.2, 0.9, 1.5, PAINT), Block(-0.8, 0, 1.5, 1.4, 2.7, GLASS),
+        Block(-0.9, 1.0, 1.7, 0.5, 1.7, DARK), Block(-0.9, -1.0, 1.7, 0.5, 1.7, DARK),
     ),
     "containers": (Block(0, 1.4, 6.1, 2.4, 2.6, CARGO), Block(0.4, -1.4, 6.1, 2.4, 5.2, CARGO)),
     "building": (Block(0, 0, 11.0, 8.0, 4.0, CONCRETE), Block(1.5, 1.0, 2.0, 1.5, 5.0, DARK)),
@@ -171,9 +171,7 @@ def surroundings(rng, width):
     Returns:
         The material of the ground and blocks, to be turned with the object by `at_pose`.
     """
-    ground, blocks = ((ASPHALT, _car_park), (GRASS, _street), (GRASS, _open_ground))[
-        rng.choice(3, p=(0.5, 0.3, 0.2))
-    ]
+    ground, blocks = ((ASPHALT, _car_park), (GRASS, _street), (GRASS, _open_ground))[rng.choice(3, p=(0.5, 0.3, 0.2))]
     return ground, blocks(rng, width)
 
 

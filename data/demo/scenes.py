@@ -13,7 +13,7 @@ from data.demo.simulator import SAR_PIXELS, Flight, eo_chip, eo_surface, new_sit
 import numpy as np
 
 FLIGHT_SHIFT = 1.0  # how much the flights differ from the survey: 0 = not at all
-DEPRESSION_SHIFT, GAIN_SHIFT, CLUTTER_SHIFT = -0.15, 0.1, 1.0  # radians, bels and dB at FLIGHT_SHIFT 1
+DEPRESSION_SHIFT, GAIN_SHIFT, CLUTTER_SHIFT = -0.15, 0.1, 0.8  # radians, bels and dB at FLIGHT_SHIFT 1
 FLIGHT_SPREAD = 0.04  # radians, standard deviation of the depression angle over groups
 EMPTY_SHARE = 2 / 826  # of the SAR chips, which are all zero; as in the real test set of 2022
 

@@ -20,17 +20,17 @@ CHIP_METRES = 15.0  # ground width of a chip, the same for both sensors
 EO_MARGIN, SAR_MARGIN = 2, 4  # px simulated around a chip, then cut off
 EO_OVERSAMPLING, SAR_OVERSAMPLING = 3, 2  # grid cells per pixel, along each axis
 EO_BLUR = 0.6, 1.0  # px, standard deviation along y and x
-TEXTURE, TEXTURE_CELLS = 0.05, (15.0, 20.0)  # of the albedo of the ground: deviation, size of patches along y and x
+TEXTURE, TEXTURE_CELLS = 0.05, (15.0, 26.0)  # of the albedo of the ground: deviation, size of patches along y and x
 SHADE = 0.38  # light in a shadow, relative to the sun's
+HAZE = 0.012  # light that the air scatters into the camera, relative to the ground's
 EO_NOISE = 0.008  # of the grey level
-EXPOSURE = 0.31  # standard deviation of the logarithm of the brightness over sites
+EXPOSURE = 0.27  # standard deviation of the logarithm of the brightness over sites
 REGISTRATION = 0.25  # px, standard deviation of the EO chip's shift against the SAR chip
 SPECKLE_PIXELS = 1.22  # blur of the complex SAR image: the resolution of the radar
-CLUTTER_PIXELS = 14.0, 6.0  # size (y, x) of the patches in which the ground's reflectivity varies
+CLUTTER_PIXELS = 15.0, 7.0  # size (y, x) of the patches in which the ground's reflectivity varies
 COMPRESSION = 0.185  # grey level = GREY_OF_GRASS * intensity ** COMPRESSION: close to a logarithm
 GREY_OF_GRASS = 0.47
 THERMAL_NOISE = 0.02  # intensity inside shadows, relative to grass
-GROUND = 0.55  # standard deviation of a site's reflectivity, relative to that of the clutter
 GAIN_BELS = 0.1  # standard deviation of the receiver's gain over chips
 
 
@@ -48,7 +48,7 @@ class Site(NamedTuple):
     blocks: list  # surroundings and object, in the chip
     ground: int  # material
     exposure: float  # EO brightness
-    clutter: np.ndarray  # of the ground's reflectivity, unit variance, and an offset
+    clutter: np.ndarray  # of the ground's reflectivity, unit variance
 
 
 def new_site(rng, vehicle, heading):
@@ -57,26 +57,27 @@ def new_site(rng, vehicle, heading):
     ground, around = surroundings(rng, width)
     blocks = at_pose([*around, *at_pose(vehicle, *rng.normal(0, OFF_CENTRE, 2), 0.0)], 0.0, 0.0, heading)
     exposure = np.exp(rng.normal(0, EXPOSURE))
-    clutter = _smooth_noise(rng, SAR_PIXELS + 2 * SAR_MARGIN, CLUTTER_PIXELS) + rng.normal(0, GROUND)
+    clutter = _smooth_noise(rng, SAR_PIXELS + 2 * SAR_MARGIN, CLUTTER_PIXELS)
     return Site(blocks, ground, exposure, clutter)
 
 
 def _rasterise(blocks, ground, cells, metres):
     """Draw blocks on a grid of cells x cells over metres x metres: height, material, tone."""
     centres = (np.arange(cells) + 0.5) * (metres / cells) - metres / 2
-    height, tone = np.zeros((cells, cells)), np.zeros((cells, cells))
-    material = np.full((cells, cells), ground)
-    for block in blocks:
+    top = np.zeros((cells, cells), np.intp)  # the uppermost block of each cell, 0 = the ground
+    for number, block in enumerate(blocks, start=1):
         cos, sin = np.cos(block.heading), np.sin(block.heading)
         reach_x = (abs(cos) * block.length + abs(sin) * block.width) / 2
         reach_y = (abs(sin) * block.length + abs(cos) * block.width) / 2
         columns = slice(*np.searchsorted(centres, (block.x - reach_x, block.x + reach_x)))
         rows = slice(*np.searchsorted(centres, (block.y - reach_y, block.y + reach_y)))
         dx, dy = centres[None, columns] - block.x, centres[rows, None] - block.y
-        u, v = (cos * dx + sin * dy) * (2 / block.length), (cos * dy - sin * dx) * (2 / block.width)
-        inside = u**2 + v**2 < 1 if block.material == FOLIAGE else np.maximum(abs(u), abs(v)) < 1
-        for grid, value in (height, block.top), (material, block.material), (tone, block.tone):
-            grid[rows, columns][inside] = value
+        u = (cos * dx + sin * dy) * (2 / block.length)
+        v = (cos * dy - sin * dx) * (2 / block.width)
+        inside = u**2 + v**2 < 1 if block.material == FOLIAGE else (abs(u) < 1) & (abs(v) < 1)
+        top[rows, columns][inside] = number
+    table = ((0.0, ground, 0.0), *((block.top, block.material, block.tone) for block in blocks))
+    height, material, tone = (np.array(column)[top] for column in zip(*table, strict=True))
     return height, material, tone
 
 
@@ -127,16 +128,8 @@ def eo_chip(rng, surface, brightness, sun):
     top, left = largest + shift
     light = light[top : top + EO_PIXELS * EO_OVERSAMPLING, left : left + EO_PIXELS * EO_OVERSAMPLING]
     pixels = light.reshape(EO_PIXELS, EO_OVERSAMPLING, EO_PIXELS, EO_OVERSAMPLING).mean((1, 3))
-    pixels = brightness * _low_pass(pixels, EO_BLUR).real
+    pixels = brightness * (_low_pass(pixels, EO_BLUR).real + HAZE)
     return _to_uint8(pixels + rng.normal(0, EO_NOISE, pixels.shape))
-
-
-def _surface_scatterers(height, material, cell):
-    """Upper faces as points (x, y, z) with their power, one per grid cell, each (cells**2,)."""
-    centres = (np.arange(len(height)) + 0.5) * cell - len(height) * cell / 2
-    x, y = np.meshgrid(centres, centres)
-    power = (10 ** (np.array([m.top_db for m in MATERIALS]) / 10) * cell**2)[material]
-    return x.ravel(), y.ravel(), height.ravel(), power.ravel()
 
 
 def _wall_scatterers(blocks, cell, along=16, up=6):
@@ -175,28 +168,26 @@ def _backscatter(blocks, ground, depression, pixels, pixel):
     """Mean intensity in radar geometry, against grass: layover and shadow, (pixels, pixels)."""
     metres, cells, cell = pixels * pixel, pixels * SAR_OVERSAMPLING, pixel / SAR_OVERSAMPLING
     height, material, _ = _rasterise(blocks, ground, cells, metres)
-    x, y, z, power = (
-        np.concatenate(pair)
-        for pair in zip(
-            _surface_scatterers(height, material, cell), _wall_scatterers(blocks, cell), strict=True
-        )
-    )
-    inside = (abs(x) < metres / 2) & (abs(y) < metres / 2)
-    x, y, z, power = x[inside], y[inside], z[inside], power[inside]
-
     # z + y * tan(depression) is constant along a ray. A point lies in shadow if a point nearer to the
     # radar has a higher value.
     slope = np.tan(depression)
-    column = ((x + metres / 2) / cell).astype(int)
-    row = ((y + metres / 2) / cell).astype(int)
     centres = (np.arange(cells)[:, None] + 0.5) * cell - metres / 2
-    horizon = np.maximum.accumulate(height + slope * centres, axis=0)
-    lit = z + slope * y > horizon[row, column] - slope * cell
-    # Layover: a high point is nearer to the radar than its foot, so it moves towards smaller y.
-    row = np.clip(((y - z * slope + metres / 2) / pixel).astype(int), 0, pixels - 1)
-    column = column // SAR_OVERSAMPLING
-    image = np.bincount(row * pixels + column, power * lit, pixels**2)
-    return image.reshape(pixels, pixels) / pixel**2
+    ray = height + slope * centres
+    horizon = np.maximum.accumulate(ray, axis=0) - slope * cell
+
+    def image(y, z, column, power):
+        # Layover: a high point is nearer to the radar than its foot, so it moves towards smaller y.
+        row = np.clip(((y - z * slope + metres / 2) / pixel).astype(int), 0, pixels - 1)
+        return np.bincount((row * pixels + column // SAR_OVERSAMPLING).ravel(), power.ravel(), pixels**2)
+
+    power = (10 ** (np.array([m.top_db for m in MATERIALS]) / 10) * cell**2)[material] * (ray > horizon)
+    intensity = image(centres, height, np.arange(cells), power)
+    x, y, z, power = _wall_scatterers(blocks, cell)
+    inside = (power > 0) & (abs(x) < metres / 2) & (abs(y) < metres / 2)
+    x, y, z, power = x[inside], y[inside], z[inside], power[inside]
+    row, column = (((along + metres / 2) / cell).astype(int) for along in (y, x))
+    intensity += image(y, z, column, power * (z + slope * y > horizon[row, column]))
+    return intensity.reshape(pixels, pixels) / pixel**2
 
 
 def _rotate(image, angle, pixels):

@@ -5,8 +5,8 @@ import subprocess
 import sys
 import time
 
-from data.workers import map_in_processes
 from data.lock import locked
+from data.workers import map_in_processes
 from tests.conftest import ROOT
 
 import pytest
