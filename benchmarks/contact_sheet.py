@@ -3,7 +3,7 @@
 python benchmarks/contact_sheet.py [ROOT] [FOLDER] [REAL]
 
 ROOT is the demo set, FOLDER gets demo.png: a row per class with pairs (EO left, SAR right), the frames of one
-individual, then SAR chips of the unknown kinds, two kinds a row. REAL holds the pairs of the 2022 test set (test_images,
+individual, then SAR chips of the unknown kinds. REAL holds the pairs of the 2022 test set (test_images,
 test_images_EO); where it exists, FOLDER gets demo_real.png as well, demo pairs left and real pairs right, and
 the grey levels of both are printed.
 """
