@@ -1,11 +1,11 @@
 """Show the demo set: sheets of its chips, beside real ones, and how the grey levels of both compare.
 
-python benchmarks/contact_sheet.py [ROOT] [FOLDER] [REAL]
+python benchmarks/contact_sheet.py [ROOT] [OUT.png] [REAL]
 
-ROOT is the demo set, FOLDER gets demo.png: a row per class with pairs (EO left, SAR right), the frames of one
-individual, then SAR chips of the unknown kinds. REAL holds the pairs of the 2022 test set (test_images,
-test_images_EO); where it exists, FOLDER gets demo_real.png as well, demo pairs left and real pairs right, and
-the grey levels of both are printed.
+OUT.png shows the demo set in ROOT: a row per class with pairs (EO left, SAR right), the frames of one individual,
+then SAR chips of the unknown kinds. REAL is a folder with the pairs of the 2022 test set (test_images,
+test_images_EO). If it exists, OUT_real.png shows demo pairs left and real pairs right, and the grey levels of both
+are printed.
 """
 
 import csv
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 REAL = Path(__file__).resolve().parents[2] / "shared/unicorn_pairs"
 PAIRS = 4  # in a row
-RANDOM_ROWS = 8  # of demo_real.png
+RANDOM_ROWS = 8  # of OUT_real.png
 GAP = 3  # between chips, px
 LABEL = 140  # width of the column of names, px
 GREY_LEVELS = 16  # in the pictures, to keep the files small
@@ -45,7 +45,7 @@ def real_pairs(folder):
 
 
 def class_rows(root):
-    """Yield (label, 2 * PAIRS paths) for each row of demo.png."""
+    """Yield (label, 2 * PAIRS paths) for each row of the demo set's sheet."""
     for name in OFFICIAL_CLASSES:
         pairs = pairs_of(root, name)
         yield name, flat(pairs[:: -(-len(pairs) // PAIRS)])
@@ -64,7 +64,7 @@ def class_rows(root):
 
 
 def random_rows(demo, real):
-    """Yield ("", paths) for each row of demo_real.png: half of it demo pairs, half real ones."""
+    """Yield ("", paths) for each row of the sheet beside real chips: half of it demo pairs, half real ones."""
     rng = np.random.default_rng(0)
     chosen = (rng.choice(len(pairs), (RANDOM_ROWS, PAIRS), replace=False) for pairs in (demo, real))
     for ours, theirs in zip(*chosen, strict=True):
@@ -131,13 +131,13 @@ def print_statistics(demo, real):
         print(f"| {name} | {' | '.join(format(column[name], form) for column in columns)} |")
 
 
-def main(root=DEMO_ROOT, folder="docs/figures", real=REAL):
+def main(root=DEMO_ROOT, out="docs/figures/demo.png", real=REAL):
     ensure_demo(root)
-    root, real, sheets = Path(root), Path(real), {"demo.png": (class_rows(Path(root)), LABEL)}
+    root, out, real = Path(root), Path(out), Path(real)
+    sheets = {out: (class_rows(root), LABEL)}
     if real.is_dir():
-        sheets["demo_real.png"] = (random_rows(pairs_of(root), real_pairs(real)), 0)
-    for name, (rows, label) in sheets.items():
-        path = Path(folder, name)
+        sheets[out.with_stem(f"{out.stem}_real")] = (random_rows(pairs_of(root), real_pairs(real)), 0)
+    for path, (rows, label) in sheets.items():
         draw_sheet(rows, label).save(path, optimize=True)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     if real.is_dir():

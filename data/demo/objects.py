@@ -23,11 +23,11 @@ MATERIALS = (
     Material(0.27, 0.0, 0.0, -30.0),
     Material(0.22, -5.0, -5.0, -30.0),
     Material(0.16, 2.0, 2.0, -30.0),
-    Material(0.50, -2.0, 2.0, 6.0),
-    Material(0.55, -4.0, 2.0, 8.5),
+    Material(0.50, -2.0, 2.0, 8.0),
+    Material(0.55, -4.0, 2.0, 10.0),
     Material(0.10, -5.0, 0.0, 0.0),
     Material(0.14, 1.0, 1.0, 5.0),
-    Material(0.55, 4.0, 2.0, 7.5),
+    Material(0.55, 4.0, 2.0, 9.0),
     Material(0.55, -5.0, -5.0, -30.0),
 )
 GRASS, ASPHALT, FOLIAGE, CONCRETE, PAINT, GLASS, DARK, CARGO, MARKING = range(len(MATERIALS))
@@ -179,7 +179,7 @@ def _car_park(rng, width):
     """Painted bays side by side, some with parked vehicles; beyond the bays an aisle, or a strip of grass."""
     bay = max(STALL, width + 1.0)
     lines, end = [], rng.choice((-1, 1))
-    full = rng.uniform(0, 0.9)
+    full = rng.uniform(0, 0.7)
     painted = rng.random() < 0.8
     for side in (-2, -1, 0, 1):
         lines += [Block(0, (side + 0.5) * bay, 5.8, 0.25, 0.0, MARKING)] * painted

@@ -48,7 +48,6 @@ class Site(NamedTuple):
     blocks: list  # surroundings and object, in the chip
     ground: int  # material
     exposure: float  # EO brightness
-    clutter: np.ndarray  # of the ground's reflectivity, unit variance
 
 
 def new_site(rng, vehicle, heading):
@@ -56,9 +55,7 @@ def new_site(rng, vehicle, heading):
     width = max((block.width for block in vehicle), default=0.0)
     ground, around = surroundings(rng, width)
     blocks = at_pose([*around, *at_pose(vehicle, *rng.normal(0, OFF_CENTRE, 2), 0.0)], 0.0, 0.0, heading)
-    exposure = np.exp(rng.normal(0, EXPOSURE))
-    clutter = _smooth_noise(rng, SAR_PIXELS + 2 * SAR_MARGIN, CLUTTER_PIXELS)
-    return Site(blocks, ground, exposure, clutter)
+    return Site(blocks, ground, np.exp(rng.normal(0, EXPOSURE)))
 
 
 def _rasterise(blocks, ground, cells, metres):
@@ -210,7 +207,7 @@ def sar_chip(rng, site, look, flight):
     speckle are added there, so that turning does not change their statistics.
 
     Args:
-        rng: numpy Generator, of the speckle and the gain.
+        rng: numpy Generator, of clutter, speckle and gain.
         site: Site.
         look: direction in which the radar looks, radians from +y.
         flight: Flight.
@@ -223,7 +220,8 @@ def sar_chip(rng, site, look, flight):
     turned = at_pose(site.blocks, 0.0, 0.0, -look)
     intensity = _backscatter(turned, site.ground, flight.depression, wide, CHIP_METRES / SAR_PIXELS)
     intensity = _rotate(intensity, look, pixels)
-    intensity = intensity * 10 ** (flight.clutter * site.clutter / 10) + THERMAL_NOISE
+    clutter = flight.clutter * _smooth_noise(rng, pixels, CLUTTER_PIXELS)
+    intensity = intensity * 10 ** (clutter / 10) + THERMAL_NOISE
 
     # Speckle: many scatterers of random phase in each resolution cell sum to a complex Gaussian.
     noise = rng.standard_normal((2, pixels, pixels))

@@ -13,9 +13,8 @@ TOLERANCE = 0.15
 
 
 def flat_site(blocks):
-    """Blocks on asphalt without clutter."""
-    side = simulator.SAR_PIXELS + 2 * simulator.SAR_MARGIN
-    return simulator.Site(blocks, objects.ASPHALT, 1.0, np.zeros((side, side)))
+    """Blocks on asphalt."""
+    return simulator.Site(blocks, objects.ASPHALT, 1.0)
 
 
 def mean_chip(blocks, look=0.0, chips=20, flight=simulator.Flight()):  # noqa: B008 - it is a tuple
@@ -26,7 +25,7 @@ def mean_chip(blocks, look=0.0, chips=20, flight=simulator.Flight()):  # noqa: B
 
 @pytest.fixture(scope="module")
 def survey():
-    """The survey of the default demo set: three pairs of each individual, and whose they are.
+    """The survey of the default demo set: two pairs of each individual, and whose they are.
 
     Returns:
         EO chips (N, 32, 32) and SAR chips (N, 56, 56), 0..255, the position of the individual in the plan (N,),
@@ -34,7 +33,7 @@ def survey():
     """
     chips, owner, moving = [], [], []
     for i, visits in enumerate(plan_survey(np.random.default_rng([0, 1]), TRAIN_COUNTS)):
-        few = visits._replace(frames=visits.frames[:: -(-len(visits.frames) // 3)])
+        few = visits._replace(frames=visits.frames[:: -(-len(visits.frames) // 2)])
         pairs = list(survey_pairs(np.random.default_rng([0, 1, i + 1]), few))
         chips += pairs
         owner += [i] * len(pairs)

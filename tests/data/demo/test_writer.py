@@ -22,7 +22,7 @@ GAP = 100  # a larger gap between numbers separates groups
 def demo(tmp_path_factory):
     """A demo set with two classes and few chips."""
     root = tmp_path_factory.mktemp("simulate") / "demo"
-    write_demo(root, train_counts=SMALL, val_scale=0.03, test_scale=0.05)
+    write_demo(root, train_counts=SMALL, val_scale=0.02, test_scale=0.02)
     return root
 
 
@@ -149,9 +149,9 @@ def test_empty_chips_are_as_frequent_as_in_the_real_set(monkeypatch):
 
 
 def test_the_files_are_the_same_on_any_number_of_processes_and_others_for_another_seed(demo, tmp_path):
-    write_demo(tmp_path / "one", 0, SMALL, 0.03, 0.05, workers=1)
-    write_demo(tmp_path / "three", 0, SMALL, 0.03, 0.05, workers=3)
-    write_demo(tmp_path / "other", 1, SMALL, 0.03, 0.05, workers=1)
+    write_demo(tmp_path / "one", 0, SMALL, 0.02, 0.02, workers=1)
+    write_demo(tmp_path / "three", 0, SMALL, 0.02, 0.02, workers=3)
+    write_demo(tmp_path / "other", 1, SMALL, 0.02, 0.02, workers=1)
     assert _files(tmp_path / "one") == _files(tmp_path / "three") == _files(demo)
     first, other = _files(tmp_path / "one"), _files(tmp_path / "other")
     assert not {data for path, data in first.items() if path.suffix == ".png"} & set(other.values())
