@@ -1,9 +1,11 @@
-"""Show the demo set: a sheet of chips, and how its SAR grey levels compare with real ones.
+"""Show the demo set: sheets of its chips, beside real ones, and how the grey levels of both compare.
 
-python benchmarks/contact_sheet.py [ROOT] [OUT.png]
+python benchmarks/contact_sheet.py [ROOT] [OUT.png] [REAL]
 
-A row per class with pairs (EO left, SAR right), then rows of out-of-distribution SAR chips from the
-test scenes. The printed figures cover the SAR chips of the training and test folders.
+OUT.png shows the demo set in ROOT: a row per class with pairs (EO left, SAR right), the frames of one individual,
+then SAR chips of the unknown kinds. REAL is a folder with the pairs of the 2022 test set (test_images,
+test_images_EO). If it exists, OUT_real.png shows demo pairs left and real pairs right, and the grey levels of both
+are printed.
 """
 
 import csv
@@ -19,79 +21,129 @@ from data.layouts import OFFICIAL_CLASSES
 import numpy as np
 from PIL import Image, ImageDraw
 
-PAIRS = 4  # for each class
-OOD_ROWS = 2
+REAL = Path(__file__).resolve().parents[2] / "shared/unicorn_pairs"
+PAIRS = 4  # in a row
+RANDOM_ROWS = 8  # of OUT_real.png
 GAP = 3  # between chips, px
 LABEL = 140  # width of the column of names, px
-# Published for the real set, and measured on 49 real chips; the axes are x, y.
-MEAN, STD = "0.406 .. 0.418", "0.125 .. 0.128"
-PERCENTILES = {1: 37, 5: 54, 25: 83, 50: 104, 75: 126, 95: 170, 99: 211}
-AUTOCORRELATION = {1: (0.81, 0.79), 2: (0.57, 0.53), 3: (0.42, 0.41), 4: (0.35, 0.36),
-                   6: (0.26, 0.30), 8: (0.20, 0.25)}
+GREY_LEVELS = 16  # in the pictures, to keep the files small
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+LAGS = (1, 2, 3, 4, 6, 8)  # px
 
 
-def read_tile(path):
-    """A chip at the size of a SAR chip, pixels repeated."""
-    with Image.open(path) as chip:
-        return chip.convert("L").resize((SAR_PIXELS, SAR_PIXELS), Image.Resampling.NEAREST)
+def pairs_of(root, kind="*"):
+    """Paths (EO, SAR) of the training pairs of a class, by number."""
+    sar = {path.name: path for path in root.glob(f"train/SAR_Train/{kind}/*.png")}
+    eo = sorted(root.glob(f"train/EO_Train/{kind}/*.png"), key=lambda path: path.name)
+    return [(path, sar[path.name]) for path in eo]
 
 
-def rows_of_paths(root):
-    """Yield (label, 2 * PAIRS paths) for each row of the sheet."""
+def real_pairs(folder):
+    """Paths (EO, SAR) of the real pairs, by number."""
+    eo = sorted(folder.glob("test_images_EO/EO_*.png"))
+    return [(path, folder / "test_images" / path.name.replace("EO_", "SAR_")) for path in eo]
+
+
+def class_rows(root):
+    """Yield (label, 2 * PAIRS paths) for each row of the demo set's sheet."""
     for name in OFFICIAL_CLASSES:
-        eo = sorted((root / "train/EO_Train" / name).glob("*.png"))[:PAIRS]
-        sar = sorted((root / "train/SAR_Train" / name).glob("*.png"))[:PAIRS]
-        yield name, [path for pair in zip(eo, sar, strict=True) for path in pair]
+        pairs = pairs_of(root, name)
+        yield name, flat(pairs[:: -(-len(pairs) // PAIRS)])
+    with open(root / "entities.csv", newline="") as file:
+        chips = [row["chip"] for row in csv.DictReader(file) if row["entity"] == "bus_1"]
+    paths = {path.stem: (path, sar) for path, sar in pairs_of(root, "bus")}
+    yield "bus_1, frame by frame", flat(paths[chip] for chip in chips[:PAIRS])
+    unknown = {}
     with open(root / "test/test_reference.csv", newline="") as file:
-        ids = [row["image_id"] for row in csv.DictReader(file) if row["OOD_flag"] == "1"]
-    # Spread over the scenes, since the frames of one scene look alike.
-    spread = np.linspace(0, len(ids) - 1, OOD_ROWS * 2 * PAIRS).astype(int)
-    for row in spread.reshape(OOD_ROWS, -1):
-        yield "OOD (SAR)", [root / "test" / f"{ids[i]}.png" for i in row]
+        for row in csv.DictReader(file):
+            if row["OOD_flag"] == "1":
+                unknown.setdefault(row["class"], []).append(root / "test" / f"{row['image_id']}.png")
+    few = {name: paths[:: -(-len(paths) // PAIRS)] for name, paths in sorted(unknown.items())}
+    for left, right in zip(list(few)[::2], list(few)[1::2], strict=True):
+        yield f"{left},\n{right}", few[left] + few[right]
 
 
-def draw_sheet(root):
-    """The contact sheet, in 24 grey levels to keep the file small."""
-    rows, step = list(rows_of_paths(root)), SAR_PIXELS + GAP
-    sheet = Image.new("L", (LABEL + 2 * PAIRS * step, len(rows) * step), 255)
+def random_rows(demo, real):
+    """Yield ("", paths) for each row of the sheet beside real chips: half of it demo pairs, half real ones."""
+    rng = np.random.default_rng(0)
+    chosen = (rng.choice(len(pairs), (RANDOM_ROWS, PAIRS), replace=False) for pairs in (demo, real))
+    for ours, theirs in zip(*chosen, strict=True):
+        yield "", [*flat(demo[i] for i in ours), None, *flat(real[i] for i in theirs)]
+
+
+def flat(pairs):
+    return [path for pair in pairs for path in pair]
+
+
+def draw_sheet(rows, label):
+    """Rows of chips, all at the size of a SAR chip; None leaves a gap. `label`: width of the names, px."""
+    rows, step = list(rows), SAR_PIXELS + GAP
+    sheet = Image.new("L", (label + max(len(paths) for _, paths in rows) * step, len(rows) * step), 255)
     draw = ImageDraw.Draw(sheet)
-    for y, (label, paths) in enumerate(rows):
-        draw.text((4, y * step + SAR_PIXELS // 2 - 6), label, fill=0)
+    for y, (name, paths) in enumerate(rows):
+        draw.text((4, y * step + SAR_PIXELS // 2 - 6), name, fill=0)
         for x, path in enumerate(paths):
-            sheet.paste(read_tile(path), (LABEL + x * step, y * step))
-    return sheet.quantize(24)
+            if path:
+                with Image.open(path) as chip:
+                    tile = chip.convert("L").resize((SAR_PIXELS, SAR_PIXELS), Image.Resampling.NEAREST)
+                sheet.paste(tile, (label + x * step, y * step))
+    return sheet.quantize(GREY_LEVELS)
+
+
+def read_chips(paths, side):
+    """The chips that are not empty, grey levels 0..1, cut to side x side: float64 (N, side, side)."""
+    chips = []
+    for path in paths:
+        with Image.open(path) as chip:
+            chips.append(np.asarray(chip.convert("L"))[:side, :side])
+    return np.stack([chip for chip in chips if chip.any()]) / 255
 
 
 def autocorrelation(chips, lag, axis):
-    """Correlation of pixels `lag` apart along an axis of chips (N, H, W), mean over chips."""
+    """Correlation of pixels `lag` apart along an axis (1 = y, 2 = x) of chips (N, H, W), mean over chips."""
     deviation = chips - chips.mean((1, 2), keepdims=True)
-    size = chips.shape[axis]
+    size, variance = chips.shape[axis], deviation.var((1, 2))
     ahead = np.take(deviation, range(lag, size), axis)
     behind = np.take(deviation, range(size - lag), axis)
-    return ((ahead * behind).mean((1, 2)) / deviation.var((1, 2))).mean()
+    return ((ahead * behind).mean((1, 2))[variance > 0] / variance[variance > 0]).mean()
 
 
-def print_statistics(root):
-    """Grey levels of the non-empty SAR chips beside the published figures, as a table."""
-    paths = [*root.glob("train/SAR_Train/*/*.png"), *root.glob("test/*.png")]
-    grey = np.stack([np.asarray(read_tile(path)) for path in sorted(paths)])
-    grey = grey[grey.any((1, 2))]
-    chips = grey / 255
-    print(f"{'SAR grey level':<26}{'demo':>12}{'real':>16}")
-    print(f"{'mean':<26}{chips.mean():>12.3f}{MEAN:>16}")
-    print(f"{'standard deviation':<26}{chips.std():>12.3f}{STD:>16}")
-    for percent, real in PERCENTILES.items():
-        print(f"{f'percentile {percent}':<26}{np.percentile(grey, percent):>12.0f}{real:>16}")
-    for lag, (real_x, real_y) in AUTOCORRELATION.items():
-        ours = f"{autocorrelation(chips, lag, 2):.2f} {autocorrelation(chips, lag, 1):.2f}"
-        print(f"{f'autocorrelation {lag} px, x y':<26}{ours:>12}{f'{real_x:.2f} {real_y:.2f}':>16}")
+def grey_statistics(chips):
+    """{name: figure} of the grey levels of chips (N, H, W), 0..1; percentiles in 0..255."""
+    figures = {
+        "mean": chips.mean(), "standard deviation": chips.std(),
+        "between chip means": chips.mean((1, 2)).std(), "within chips": chips.std((1, 2)).mean(),
+    }  # fmt: skip
+    figures |= {f"percentile {p}": np.percentile(255 * chips, p) for p in PERCENTILES}
+    for axis, name in (2, "x"), (1, "y"):
+        figures |= {f"autocorrelation {name}, {lag} px": autocorrelation(chips, lag, axis) for lag in LAGS}
+    return figures
 
 
-def main(root=DEMO_ROOT, out="docs/figures/demo.png"):
+def print_statistics(demo, real):
+    """Print the grey levels of the demo's training pairs and of the real ones as a Markdown table."""
+    columns = []
+    for sensor, side in enumerate((32, SAR_PIXELS)):
+        columns += [grey_statistics(read_chips([pair[sensor] for pair in pairs], side)) for pairs in (demo, real)]
+    print("| grey level | EO, demo | EO, real | SAR, demo | SAR, real |\n|---|---|---|---|---|")
+    for name in columns[0]:
+        form = ".0f" if name.startswith("percentile") else ".3f" if name in list(columns[0])[:4] else ".2f"
+        print(f"| {name} | {' | '.join(format(column[name], form) for column in columns)} |")
+
+
+def main(root=DEMO_ROOT, out="docs/figures/demo.png", real=REAL):
     ensure_demo(root)
-    draw_sheet(Path(root)).save(out, optimize=True)
-    print(f"{out}: {Path(out).stat().st_size / 1000:.0f} kB")
-    print_statistics(Path(root))
+    root, out, real = Path(root), Path(out), Path(real)
+    sheets = {out: (class_rows(root), LABEL)}
+    if real.is_dir():
+        sheets[out.with_stem(f"{out.stem}_real")] = (random_rows(pairs_of(root), real_pairs(real)), 0)
+    for path, (rows, label) in sheets.items():
+        draw_sheet(rows, label).save(path, optimize=True)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    if real.is_dir():
+        print_statistics(pairs_of(root), real_pairs(real))
+    else:
+        print(f"{real} is not there, so there is nothing to compare with")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ capbset_drop, dac_override = 24, 1  # numbers of Linux: PR_CAPBSET_DROP, CAP_DAC
 sentence = re.compile(r"^\S+\.py: .+$", re.MULTILINE)  # how a script ends that cannot go on
 write_demo_code = (  # as ensure_demo does, but a small one
     "import os; from data.demo import write_demo; os.path.exists('datasets/demo') or "
-    f"write_demo('datasets/demo', train_counts={train_counts}, val_scenes=4, test_scenes=4)"
+    f"write_demo('datasets/demo', train_counts={train_counts}, val_scale=0.05, test_scale=0.05)"
 )
 write_store_code = (
     "from data.layouts import find_pairs; from data.store import open_store; "
@@ -79,7 +79,7 @@ def main():
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        write_demo("demo", train_counts=train_counts, val_scenes=4, test_scenes=4)
+        write_demo("demo", train_counts=train_counts, val_scale=0.05, test_scale=0.05)
         seconds = {script: undisturbed(script) for script in stages}
         output_of(start("results.py", *results_settings))
         for name, trials in (

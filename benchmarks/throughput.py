@@ -72,8 +72,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with contextlib.redirect_stderr(io.StringIO()):
-            write_demo("many", train_counts=PAIRS, val_scenes=1, test_scenes=60)
-            write_demo("few", train_counts=FEW, val_scenes=1, test_scenes=2)
+            write_demo("many", train_counts=PAIRS, val_scale=0.02, test_scale=0.7)
+            write_demo("few", train_counts=FEW, val_scale=0.02, test_scale=0.02)
         for name, against, required, measure in table:
             if ROWS and not name.startswith(tuple(ROWS)):
                 continue

@@ -7,17 +7,13 @@ import contextlib
 import hashlib
 import io
 import math
-import multiprocessing
 import os
 import struct
-import sys
-import threading
 import tokenize
-import types
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import NamedTuple
 
 from data.errors import DataError, reason
+from data.workers import map_in_processes
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -281,7 +277,7 @@ def decode_all(paths, target, side, fork, grey_range=None):
     chunks = [(target, start, paths[start : start + CHUNK], side, grey_range) for start in starts]
     unreadable, multipage, not_finite, digest = {}, [], {}, hashlib.blake2b(digest_size=16)
     with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips", disable=None) as bar:
-        for bad, paged, with_gaps, digests in _map(_decode_chunk, chunks, fork):
+        for bad, paged, with_gaps, digests in map_in_processes(_decode_chunk, chunks, fork):
             unreadable |= bad
             multipage += paged
             not_finite |= with_gaps
@@ -308,40 +304,3 @@ def _decode_chunk(chunk):
             unreadable[index] = f"{path} ({error})"
         digests.append(hashlib.blake2b(pixels, digest_size=16).digest())
     return unreadable, multipage, not_finite, digests
-
-
-def _map(function, chunks, fork):
-    """function(chunk) of each chunk, in order; in worker processes if there are many chunks."""
-    workers = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(), 32)
-    if workers < 2 or len(chunks) < 4:
-        yield from map(function, chunks)
-        return
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-            with contextlib.nullcontext() if fork else _without_main_module():
-                results = pool.map(function, chunks)  # starts the workers
-            yield from results
-    except BrokenExecutor as error:
-        raise OSError("a process that decodes chips was killed; memory may be short, try again") from error
-
-
-@contextlib.contextmanager
-def _without_main_module():
-    """Workers that start here do not import the user's script.
-
-    Python imports it in each worker that is not forked. That takes seconds, and would run a script that
-    has no `if __name__ == "__main__"` once more.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _end_with_parent():
-    """End this worker when its parent is killed; otherwise it waits for work forever and holds the lock."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -12,13 +12,13 @@ import json
 import mmap
 import os
 import re
-import sys
 from pathlib import Path
 
 from data.decode import EIGHT_BITS, PERCENTILES, SURVEYED, decode_all, survey
 from data.decode import decode as decode
 from data.errors import DataError, named, reason
 from data.lock import locked
+from data.workers import may_fork
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def _make(paths, target, side, skip_bad, grey_range):
         leftover.unlink()
     temporary = target.with_suffix(".part")
     try:
-        bad, multipage, not_finite, digest = decode_all(paths, temporary, side, _may_fork(), grey_range)
+        bad, multipage, not_finite, digest = decode_all(paths, temporary, side, may_fork(), grey_range)
         if bad and (not skip_bad or len(bad) == len(paths)):
             raise DataError(_unreadable_files(bad))
         if multipage:
@@ -200,12 +200,6 @@ def _last_opened(path):
         return path.with_suffix(".json").stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _may_fork():
-    """Whether workers may be forked. CUDA and the threads of torch.distributed do not survive a fork."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return sys.platform == "linux" and not torch.cuda.is_initialized() and not distributed
 
 
 def _unreadable_files(bad):

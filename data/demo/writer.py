@@ -1,13 +1,13 @@
-"""Write the demo set: PNG files and reference CSVs in the layout of the 2024 release."""
+"""Write the demo set: PNG files and CSVs in the layout of the 2024 release, on all cores."""
 
 import os
 import shutil
 from pathlib import Path
 
-from data.demo.scenes import plan_scenes, simulate_scene
-from data.demo.simulator import simulate_pair
+from data.demo.scenes import FLIGHT_SHIFT, group_chips, plan_groups, plan_survey, survey_pairs
 from data.layouts import OFFICIAL_CLASSES
 from data.lock import locked
+from data.workers import map_in_processes, may_fork
 
 import numpy as np
 from PIL import Image
@@ -15,50 +15,27 @@ from tqdm import tqdm
 
 DEMO_ROOT = "datasets/demo"
 TRAIN_COUNTS = dict(zip(OFFICIAL_CLASSES, (1600, 900, 600, 400, 200, 120, 75, 50, 30, 16), strict=True))
+TEST_SCALE = 2.8  # chips of the test set, relative to the validation set
+TEST_GROUPS = 1.13  # groups a chip, likewise: the real test set has smaller groups
+# Second number of the seeds. Objects count from 1, since numpy treats [seed, split, 0] as [seed, split].
+TRAIN, VAL, TEST = 1, 2, 3
 
 
-def _write_train(root, seed, train_counts, progress):
-    """Training pairs, each of another individual."""
-    number = 0
-    for kind, count in train_counts.items():
-        folders = [root / "train" / sensor / kind for sensor in ("EO_Train", "SAR_Train")]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        for _ in range(count):
-            chips = simulate_pair(np.random.default_rng([seed, 0, number]), kind)
-            for folder, chip in zip(folders, chips, strict=True):
-                Image.fromarray(chip).save(folder / f"{number:06d}.png")
-            number += 1
-            progress.update(1)
-
-
-def _write_scenes(folder, reference, seed, names, scenes, progress):
-    """SAR chips, numbered along the flight, and their reference CSV."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    number = int(rng.integers(100_000, 110_000))
-    rows = ["image_id,class,OOD_flag"]
-    # Scenes count from 1, since numpy treats [seed, split, 0] as the same seed as [seed, split].
-    for scene, kinds in enumerate(plan_scenes(rng, names, scenes), start=1):
-        number += int(rng.integers(150, 901))
-        for frame, (kind, chip) in enumerate(
-                simulate_scene(np.random.default_rng([*seed, scene]), kinds)):
-            number += int(rng.integers(1, 6)) if frame else 0
-            known = kind in OFFICIAL_CLASSES
-            rows.append(f"Gotcha{number},{kind if known else 'unknown'},{int(not known)}")
-            Image.fromarray(chip).save(folder / f"Gotcha{number}.png")
-        progress.update(1)
-    (folder / reference).write_text("\n".join(rows) + "\n")
-
-
-def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scenes=100):
+def write_demo(
+    root, seed=0, train_counts=TRAIN_COUNTS, val_scale=1.0, test_scale=TEST_SCALE, flight_shift=FLIGHT_SHIFT,
+    workers=None,
+):  # fmt: skip
     """Write the demo set in the layout of the 2024 release.
 
+    `entities.csv` names the individual that each training pair shows.
+
     Args:
-        root: folder to create; it will hold train/, val/ and test/.
+        root: folder to create; it will hold train/, val/, test/ and entities.csv.
         seed: the same seed gives the same files, byte for byte.
-        train_counts: class name -> number of training pairs; scenes hold these classes and OOD.
-        val_scenes, test_scenes: number of scenes, of 6 to 24 chips each.
+        train_counts: class name -> number of training pairs; flights show these classes and all unknown kinds.
+        val_scale, test_scale: chips of both sets, relative to the validation set of 2026.
+        flight_shift: how much their flights differ from the survey, 0 = not at all.
+        workers: number of processes; None = one for each core.
 
     Raises:
         FileExistsError: root exists.
@@ -70,17 +47,62 @@ def write_demo(root, seed=0, train_counts=TRAIN_COUNTS, val_scenes=50, test_scen
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
-        steps = sum(train_counts.values()) + val_scenes + test_scenes
-        with tqdm(desc=f"writing {root}", total=steps, disable=None) as bar:
-            _write_train(partial, seed, train_counts, bar)
-            names = list(train_counts)
-            for split, (folder, reference, scenes) in enumerate(
-                    (("val", "validation_reference.csv", val_scenes),
-                     ("test", "test_reference.csv", test_scenes)), start=1):
-                _write_scenes(partial / folder, reference, (seed, split), names, scenes, bar)
+        jobs = _train_jobs(partial, seed, train_counts)
+        for split, folder, reference, chips, groups in (
+            (VAL, "val", "validation_reference.csv", val_scale, val_scale),
+            (TEST, "test", "test_reference.csv", test_scale, TEST_GROUPS * test_scale),
+        ):
+            plan = plan_groups(np.random.default_rng([seed, split]), list(train_counts), chips, groups)
+            jobs += _flight_jobs(partial / folder, reference, (seed, split), plan, flight_shift)
+        chips = sum(len(what.numbers) for _, _, _, what, *_ in jobs)
+        with tqdm(desc=f"writing {root}", total=chips, disable=None) as bar:
+            for written in map_in_processes(_run, jobs, may_fork(), workers):
+                bar.update(written)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _train_jobs(root, seed, train_counts):
+    """Make the training folders and entities.csv; returns a job for each individual."""
+    plan = plan_survey(np.random.default_rng([seed, TRAIN]), train_counts)
+    for kind in train_counts:
+        for sensor in ("EO_Train", "SAR_Train"):
+            (root / "train" / sensor / kind).mkdir(parents=True)
+    names = sorted((number, visits.name) for visits in plan for number in visits.numbers)
+    rows = ["chip,entity", *(f"{number:06d},{name}" for number, name in names)]
+    (root / "entities.csv").write_text("\n".join(rows) + "\n")
+    return [(_write_individual, root / "train", (seed, TRAIN, i), visits) for i, visits in enumerate(plan, 1)]
+
+
+def _flight_jobs(folder, reference, seed, plan, shift):
+    """Make the folder of a validation or test set and its reference; returns a job for each group."""
+    folder.mkdir(parents=True)
+    rows = ["image_id,class,OOD_flag"]
+    for group in plan:
+        rows += [f"Gotcha{number},{group.kind},{int(group.kind not in OFFICIAL_CLASSES)}" for number in group.numbers]
+    (folder / reference).write_text("\n".join(rows) + "\n")
+    return [(_write_group, folder, (*seed, i), group, shift) for i, group in enumerate(plan, 1)]
+
+
+def _run(job):
+    function, *arguments = job
+    return function(*arguments)
+
+
+def _write_individual(folder, seed, visits):
+    """Write the pairs of an individual of the survey; returns their number."""
+    for number, pair in zip(visits.numbers, survey_pairs(np.random.default_rng(seed), visits), strict=True):
+        for sensor, chip in zip(("EO_Train", "SAR_Train"), pair, strict=True):
+            Image.fromarray(chip).save(folder / sensor / visits.kind / f"{number:06d}.png")
+    return len(visits.numbers)
+
+
+def _write_group(folder, seed, group, shift):
+    """Write the SAR chips of a group; returns their number."""
+    for number, chip in zip(group.numbers, group_chips(np.random.default_rng(seed), group, shift), strict=True):
+        Image.fromarray(chip).save(folder / f"Gotcha{number}.png")
+    return len(group.numbers)
 
 
 def ensure_demo(root):

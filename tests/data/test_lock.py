@@ -5,8 +5,8 @@ import subprocess
 import sys
 import time
 
-from data.decode import _map
 from data.lock import locked
+from data.workers import map_in_processes
 from tests.conftest import ROOT
 
 import pytest
@@ -58,7 +58,7 @@ def test_worker_processes_do_not_free_the_lock_of_their_parent(tmp_path, fork):
     if fork and "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork here")
     with locked(path):
-        assert list(_map(time.sleep, [0.02] * 8, fork)) == [None] * 8
+        assert list(map_in_processes(time.sleep, [0.02] * 8, fork)) == [None] * 8
         assert not is_free(path)
     assert is_free(path)
 

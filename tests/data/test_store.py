@@ -13,7 +13,6 @@ from data.store import (
     STORES_KEPT,
     ChipStore,
     MemoryBudget,
-    _may_fork,
     choose_reading,
     grey_statistics,
     open_store,
@@ -21,6 +20,7 @@ from data.store import (
     store_digest,
     unreadable,
 )
+from data.workers import may_fork
 from tests.conftest import ROOT
 
 import numpy as np
@@ -238,20 +238,20 @@ def test_a_store_that_cannot_be_written_to_can_be_read(tmp_path, files, decoded,
 
 
 def test_workers_are_forked_only_while_neither_cuda_nor_torch_distributed_runs(monkeypatch):
-    assert _may_fork() == (sys.platform == "linux")
+    assert may_fork() == (sys.platform == "linux")
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_initialized", lambda: True)
-        assert not _may_fork()
+        assert not may_fork()
     with monkeypatch.context() as patch:
         patch.setattr("torch.distributed.is_available", lambda: True)
         patch.setattr("torch.distributed.is_initialized", lambda: True, raising=False)
-        assert not _may_fork()
+        assert not may_fork()
 
 
 def test_stores_are_equal_however_the_workers_start(tmp_path, files, monkeypatch):
     made = []
     for fork in (True, False):
-        monkeypatch.setattr("data.store._may_fork", lambda fork=fork: fork)
+        monkeypatch.setattr("data.store.may_fork", lambda fork=fork: fork)
         chips = open_store(files * 500, tmp_path / f"store {fork}")
         made.append((np.array(chips), json.loads(next((tmp_path / f"store {fork}").glob("*.json")).read_text())))
     np.testing.assert_array_equal(made[0][0], made[1][0])
