@@ -6,13 +6,11 @@ import difflib
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
 CHIPS = {"in_chans": 1, "num_classes": 0}  # of timm.create_model: one grey channel, no head
 PATCH_STEPS = (8, 14, 16, 32)  # px; a backbone that cannot be built for IMAGE_SIZE is tried with multiples of these
-TILING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)  # may cut their input into tiles; subclasses of timm pad it first
 REACH = 32  # px; how far from the side of an image the backbone's input size is searched
 
 
@@ -34,9 +32,10 @@ class Head(nn.Linear):
 class Classifier(nn.Module):
     """Chip classifier: a timm backbone that gives pooled features, and a linear head that gives logits.
 
-    Images of a size that the backbone does not take are resized to the nearest that it takes. A size at which a layer
-    with stride and kernel of equal size (such as ConvNeXt's 2x2 downsampling) would leave out the last row of a map is
+    Images of a size that the backbone does not take are resized to the nearest that it takes. A size at which a
+    convolution with kernel = stride (such as ConvNeXt's 2x2 downsampling) would leave out the last row of a map is
     taken only if there is no other. A ConvNeXt gets multiples of 32 px, and so one size for all scales of small chips.
+    Pooling may leave out the last row of an odd map.
 
     Args:
         backbone: name of a timm model.
@@ -225,10 +224,8 @@ def _nearest_size(model, name, side, built_size, reach):
 
 def _is_tiling(layer):
     """Whether a layer cuts its input into tiles: what is left beyond the last complete tile is not used."""
-    if type(layer) not in TILING or layer.padding not in (0, (0, 0)) or getattr(layer, "ceil_mode", False):
-        return False
-    kernel = to_2tuple(layer.kernel_size)
-    return kernel == to_2tuple(layer.stride) != (1, 1)
+    is_plain = type(layer) is nn.Conv2d  # timm's subclasses pad their input
+    return is_plain and layer.padding == (0, 0) and layer.kernel_size == layer.stride != (1, 1)
 
 
 @contextlib.contextmanager
@@ -236,7 +233,7 @@ def _refuse_remainders(layers):
     """Within this, a pass through one of these layers raises ValueError if their tiles leave rows or columns over."""
 
     def check(layer, inputs):
-        if any(side % tile for side, tile in zip(inputs[0].shape[-2:], to_2tuple(layer.kernel_size), strict=True)):
+        if any(side % tile for side, tile in zip(inputs[0].shape[-2:], layer.kernel_size, strict=True)):
             raise ValueError(f"a layer would not use the last rows or columns of a map {list(inputs[0].shape[-2:])}")
 
     hooks = [layer.register_forward_pre_hook(check) for layer in layers]

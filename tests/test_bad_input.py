@@ -450,7 +450,7 @@ CASES = [
         "SEED=99999999999999999999", "LEARNING_RATE=nan", "LEARNING_RATE=inf", "LEARNING_RATE=1e400",
         "LEARNING_RATE=0", "WEIGHT_DECAY=-1", "WARMUP_EPOCHS=-1", "WARMUP_EPOCHS=1e308", "CLIP=-1", "EMA=1",
         "EMA=-0.1", "VAL_FRACTION=0", "VAL_FRACTION=1", "GAMMA=-1", "BALANCE=-1", "BALANCE=1000",
-        "GREY_RANGE=1", "GREY_RANGE=0,1,2", "GREY_RANGE=0,nan", "GREY_RANGE=x,y",
+        "GREY_RANGE=1", "GREY_RANGE=0,1,2", "GREY_RANGE=0,1e400", "GREY_RANGE=x,y",
         "JITTER=-1", "SPECKLE=nan", "CLASS_WEIGHTS=", "CLASS_WEIGHTS=-1", "CLASS_WEIGHTS=nan",
         "TRAIN_SCALES=", "TRAIN_SCALES=0", "TRAIN_SCALES=1e400", "CHIP_MEMORY_GB=-1")),
     *(bad(setting, None, f"sar_feature.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
