@@ -108,7 +108,7 @@ def test_a_side_flashes_when_it_faces_the_radar():
     assert bright_pixels(0.0) > 2 * bright_pixels(0.6)
 
 
-def test_the_flight_shift_changes_brightness_clutter_and_the_length_of_shadows():
+def test_the_flight_shift_changes_brightness_clutter_and_the_depression():
     group = Group("sedan", list(range(6)))
 
     def chips(shift):
@@ -119,8 +119,11 @@ def test_the_flight_shift_changes_brightness_clutter_and_the_length_of_shadows()
     assert flight.std((1, 2)).mean() > 1.02 * survey.std((1, 2)).mean()
 
     box = [objects.Block(0, 0, 6, 6, 1.5, objects.CONCRETE)]
-    dark = [np.mean(mean_chip(box, flight=simulator.Flight(depression)) < 60) for depression in (0.70, 0.55)]
-    assert dark[1] > 1.2 * dark[0]
+    lengths = []  # of the shadow, in rows
+    for depression in (0.70, 0.55):
+        profile = mean_chip(box, flight=simulator.Flight(depression))[:, 20:36].mean(1)
+        lengths.append(np.sum(profile < 0.8 * np.median(profile)))
+    assert 1.2 < lengths[1] / lengths[0] < 1.6  # tan(0.70) / tan(0.55) = 1.37
 
 
 def test_every_kind_can_be_simulated():
