@@ -95,7 +95,8 @@ def checkpoint(tmp_path_factory):
     whole = {
         "stage": "pretrain", "sensor": "EO", "settings": {}, "backbone": "test_resnet", "image_size": 16,
         "chip_side": 16, "views": ((0, 1.0),), "ood": {}, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
-        "scales": (1.0,), "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
+        "scales": (1.0,), "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x",
+        "entities": "", "val_fraction": 0.1,
         "model": network,
     }  # fmt: skip
     save_checkpoint(path, whole)

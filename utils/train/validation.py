@@ -23,7 +23,10 @@ class Validation:
 
     def __init__(self, store, labels, image_size, grey):
         if not len(labels):
-            raise DataError("no class has two chips, so none is left to validate on; add chips")
+            raise DataError(
+                "no class has chips of two entities, so none is left to validate on; add chips of other objects, or "
+                "list in ENTITIES which chips show the same one"
+            )
         self.store, self.labels, self.image_size, self.grey = store, labels, image_size, grey
         self.frozen_features = None
 
