@@ -10,6 +10,7 @@ chain of such pairs connects (single linkage). A CSV with the columns chip and e
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -204,7 +205,7 @@ class _Links:
         self.chips, self.parent, self.lock = chips, np.arange(len(chips)), threading.Lock()
         blocks = [chips[start : start + ROWS] for start in range(0, len(chips), ROWS)]
         self.mean = np.concatenate([block.mean(1, dtype=np.float64) for block in blocks]).astype(np.float32)
-        # Of the grey levels around their mean; of a chip of one level it is 0, which divides to no correlation.
+        # Of the grey levels around their mean; of a chip of one level it is 0, and it is never compared.
         self.norm = np.concatenate([block.std(1, dtype=np.float64) for block in blocks]) * chips.shape[1] ** 0.5
         self.norm = self.norm.astype(np.float32)
 
@@ -244,19 +245,28 @@ class _Links:
         if scores.max() <= CORRELATION - MARGIN:
             return
         above = np.flatnonzero(scores > CORRELATION - MARGIN)
+        above = above[np.argsort(-scores.ravel()[above], kind="stable")]  # the nearest first
         row, column = np.divmod(above, len(columns))
         one, two = rows[row], columns[column]
-        apart = np.flatnonzero(self.roots(one) != self.roots(two))
-        # The nearest first: they connect most of the others, which then need no comparison.
-        apart = apart[np.argsort(-scores.ravel()[above[apart]], kind="stable")]
-        while len(apart):
-            tried, apart = apart[:PAIRS_AT_ONCE], apart[PAIRS_AT_ONCE:]
-            linked = self._correlations(one[tried], two[tried]) > CORRELATION
-            with self.lock:
-                for pair in zip(one[tried[linked]].tolist(), two[tried[linked]].tolist(), strict=True):
-                    low, high = sorted(map(self._root, pair))
-                    self.parent[high] = low
-            apart = apart[self.roots(one[apart]) != self.roots(two[apart])]
+        for attempt in itertools.count():
+            of_two = self.roots(two)
+            apart = self.roots(one) != of_two
+            if not apart.any():
+                return
+            one, two, of_two = one[apart], two[apart], of_two[apart]
+            # The nearest pair of each set connects most of it to another, whose other pairs need no comparison then.
+            tried = np.unique(of_two, return_index=True)[1] if attempt < 2 else np.arange(min(len(one), PAIRS_AT_ONCE))
+            for start in range(0, len(tried), PAIRS_AT_ONCE):
+                self._compare(one[tried[start : start + PAIRS_AT_ONCE]], two[tried[start : start + PAIRS_AT_ONCE]])
+            one, two = np.delete(one, tried), np.delete(two, tried)
+
+    def _compare(self, one, two):
+        """Link those pairs of chips, int64 [B] each, whose correlation exceeds CORRELATION."""
+        linked = np.matmul(self.centred(one)[:, None], self.centred(two)[:, :, None]).ravel() > CORRELATION
+        with self.lock:
+            for pair in zip(one[linked].tolist(), two[linked].tolist(), strict=True):
+                low, high = sorted(map(self._root, pair))
+                self.parent[high] = low
 
     def _root(self, chip):
         parent = self.parent
@@ -264,10 +274,6 @@ class _Links:
             parent[chip] = parent[above]  # halves the path for the next search
             chip = above
         return chip
-
-    def _correlations(self, one, two):
-        """Correlations, float32 [B], of the grey levels of chips, int64 [B] each."""
-        return np.matmul(self.centred(one)[:, None], self.centred(two)[:, :, None]).ravel()
 
     def centred(self, chips):
         """Vectors float32 [B, P] of mean 0 and norm 1 of chips that are not of one level."""
