@@ -8,13 +8,14 @@ from itertools import chain, product
 
 from data.augment import VIEWS
 from data.batches import Batches
+from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs
-from data.sampler import BalancedStream, WeightedStream, few_of_each, stratified_split
+from data.sampler import BalancedStream, WeightedStream, few_of_each
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
 from utils.predict.tta import IDENTITY, all_views, scaled, view_features
-from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
+from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
 from utils.run.ranks import gather_over_ranks, rank, share_of_rank, world_size
@@ -33,6 +34,7 @@ from tqdm import tqdm
 # Ranges and choices of the constants: utils/run/rules.py
 STUDENT = "runs/sar_feature/best.pt"  # SAR checkpoint of sar_feature.py
 DATA_ROOT = ""  # folder of the data set; empty: the student's
+ENTITIES = ""  # CSV with the columns chip,entity: which pairs show the same object; empty: the student's
 OUT_DIR = "runs/finetune"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
@@ -42,6 +44,7 @@ OPTIMIZER = "adamw"  # any name of timm.optim.list_optimizers()
 LEARNING_RATE = 1e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of the optimizer; higher keeps the head smaller
 BALANCED = True  # True draws every class equally often, False the chips as they are
+BALANCE_ENTITIES = 0.0  # within a class: 1 draws its entities equally often, 0 its chips, between by count^-b
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
 OOD_CHIPS = 1000  # most chips of a class that the out-of-distribution scores are fitted on
@@ -70,23 +73,26 @@ def main():
     if NEW_HEAD:
         model.head.reset_parameters()
     chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, source["grey_range"])
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"], unreadable(chips))
+    listed = choose_entities(ENTITIES, source, STUDENT)
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
+    train, held_out = split_pairs(pairs, entities, source["val_fraction"], unreadable(chips))
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (sar,) = place_stores(budget, chips)
     labels, sar_train = pairs.labels[train], sar.subset(train)
+    by_entity = entities[train], BALANCE_ENTITIES
     stream = (
-        BalancedStream(labels, run.batch_size, SEED) if BALANCED
-        else WeightedStream(labels, run.batch_size, 0.0, SEED)
+        BalancedStream(labels, run.batch_size, SEED, *by_entity) if BALANCED
+        else WeightedStream(labels, run.batch_size, 0.0, SEED, *by_entity)
     )  # fmt: skip
     paths = [pairs.sar[i] for i in train]
     batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
-    contents = source | {"data_root": root, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
+    contents = source | {"data_root": root, "entities": listed, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, grey, contents["views"])
-    if not run.begin(made_from(__file__, pairs, [chips], labelled, source=source)):
+    if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every

@@ -6,8 +6,9 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 from data.augment import Augmentation
 from data.batches import Batches
 from data.demo import ensure_demo
+from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs
-from data.sampler import WeightedStream, stratified_split
+from data.sampler import WeightedStream
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
@@ -27,6 +28,7 @@ import torch
 # Ranges and choices of the constants: utils/run/rules.py
 DATA_ROOT = "datasets/demo"  # folder of the data set; the default is simulated on first use
 CLASSES = ()  # class folders in the order of their index; empty: official or alphabetical order
+ENTITIES = ""  # CSV with the columns chip,entity: which pairs show the same object; empty: found in the EO chips
 OUT_DIR = "runs/pretrain"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
@@ -47,6 +49,7 @@ EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy, higher counts easy chips less
 CLASS_WEIGHTS = (1.0,)  # alpha of the focal loss: one for all, or one per class
 BALANCE = 0.5  # chips drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
+BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness, in standard deviations of the grey level
 SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
@@ -77,13 +80,14 @@ def main():
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
     side, grey_range = choose_reading(paths, GREY_RANGE)
     chips = open_store(paths, STORE_DIR, SKIP_BAD, side, grey_range)
-    train, held_out = stratified_split(pairs.labels, VAL_FRACTION, unreadable(chips))
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
+    train, held_out = split_pairs(pairs, entities, VAL_FRACTION, unreadable(chips))
     grey = grey_statistics(chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (store,) = place_stores(budget, chips)
 
     labels = pairs.labels[train]
-    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
+    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities[train], BALANCE_ENTITIES)
     batches = Batches(
         stream, labels, device, EPOCHS, store.subset(train), [paths[i] for i in train], (rank(), world_size())
     )
@@ -101,14 +105,14 @@ def main():
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": side,
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
-        "ood": {}, "validation": {}, "data_root": DATA_ROOT, "val_fraction": VAL_FRACTION,
+        "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
     labelled = labelled_chips(DATA_ROOT, contents, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     held_out_chips = store.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
-    if not run.begin(made_from(__file__, pairs, [chips], labelled, WEIGHTS)):
+    if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS)):
         return run.announce(*following)
     if COMPILE:
         compile_backbone(model, device)

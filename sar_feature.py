@@ -5,14 +5,15 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 
 from data.augment import Augmentation
 from data.batches import Batches
+from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs
-from data.sampler import WeightedStream, stratified_split
+from data.sampler import WeightedStream
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.distillation import distillation_loss
 from models.focal import focal_loss
 from utils.predict.tta import all_views, scaled, view_features
-from utils.run.checkpoint import build_model, choose_data_root, load_checkpoint
+from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
 from utils.run.ranks import rank, world_size
@@ -30,6 +31,7 @@ from torch import nn
 # Ranges and choices of the constants: utils/run/rules.py
 TEACHER = "runs/pretrain/best.pt"  # EO checkpoint of pretrain.py
 DATA_ROOT = ""  # folder of the data set; empty: the teacher's
+ENTITIES = ""  # CSV with the columns chip,entity: which pairs show the same object; empty: the teacher's
 OUT_DIR = "runs/sar_feature"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept; delete it to decode afresh
 SKIP_BAD = False  # True leaves out files that are no readable images, and counts them
@@ -51,6 +53,7 @@ FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
 LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy
 BALANCE = 1.0  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
+BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness of the SAR chip, in standard deviations
 SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
@@ -93,12 +96,14 @@ def main():
     eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
     sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, grey_range)
     bad = unreadable(eo_chips), unreadable(sar_chips)
-    train, held_out = stratified_split(pairs.labels, source["val_fraction"], *bad)
+    listed = choose_entities(ENTITIES, source, TEACHER)
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
+    train, held_out = split_pairs(pairs, entities, source["val_fraction"], *bad)
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     eo, sar = place_stores(budget, eo_chips, sar_chips)
     labels, eo_train = pairs.labels[train], eo.subset(train)
-    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED)
+    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities[train], BALANCE_ENTITIES)
     paths = [pairs.sar[i] for i in train]
     batches = Batches(stream, labels, device, EPOCHS, sar.subset(train), paths, (rank(), world_size()))
 
@@ -133,14 +138,14 @@ def main():
 
     contents = source | {
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
-        "grey": sar_grey, "data_root": root, "scales": TRAIN_SCALES,
+        "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
         "views": all_views(TRAIN_SCALES),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, sar_grey)
-    if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], labelled, INIT, source)):
+    if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, INIT, source)):
         return run.announce("finetune.py", "STUDENT")
     if COMPILE:
         compile_backbone(student, device)

@@ -2,8 +2,9 @@
 
 python benchmarks/scale.py [PAIRS=455636] [FOLDER=]
 
-The chips are noise in the challenge's counts. They are written directly into the store; their image
-files have the right names, but are empty. 20,000 further pairs are real PNGs, which are decoded.
+The SAR chips are noise, the EO chips objects that are seen LOOKS times each, in the challenge's counts. They are
+written directly into the store; their image files have the right names, but are empty. 20,000 further pairs are
+real PNGs of noise, which are decoded.
 Exits with 1 if a limit is exceeded.
 """
 
@@ -23,6 +24,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.entities import discover, find_entities
 from data.layouts import OFFICIAL_CLASSES, find_pairs
 from data.sampler import BalancedStream, WeightedStream
 from data.store import ChipStore, fingerprint, open_store
@@ -44,6 +46,7 @@ STEPS = 400  # of the training run
 CHIPS = 50_000_000  # of the samplers
 TEST_CHIPS = 100_000  # of the clustering
 COUNTS = (364_291, 43_401, 24_158, 16_890, 2_896, 1_441, 898, 612, 696, 353)  # of the challenge
+LOOKS = 300  # chips of an object
 SIDES = {"EO_Train": 32, "SAR_Train": 56}  # px
 
 
@@ -81,6 +84,7 @@ def make():
     write("large", [round(count * PAIRS / sum(COUNTS)) for count in COUNTS], None)
     pairs = find_pairs("large")
     Path("chips").mkdir(exist_ok=True)
+    of_chip, objects = observed(pairs.counts)
     for paths, side in zip((pairs.eo, pairs.sar), SIDES.values(), strict=True):
         store = Path("chips", f"{'-'.join(fingerprint(paths))}-{side}.npy")
         store.with_suffix(".json").write_text(json.dumps({"unreadable": {}, "digest": store.stem}))
@@ -89,8 +93,23 @@ def make():
         for start in range(0, len(array), 4096):
             block = array[start : start + 4096]
             block[:] = np.random.default_rng(start).integers(60, 200, block.shape, dtype=np.uint8)
+            if paths is pairs.eo:
+                noise = np.random.default_rng(start).uniform(0.1, 0.3, (len(block), 1, 1))
+                block[:] = block * noise + objects[of_chip[start : start + len(block)]]
     write("images", [round(count * IMAGES / sum(COUNTS)) for count in COUNTS], np.random.default_rng(0))
     return time.perf_counter() - started
+
+
+def observed(counts):
+    """The object that each EO chip shows, int64 [N], and the objects, uint8 [M, 32, 32], of which coarse structure
+    is the strongest. One after the other is seen, then the first again, as in the frames of a survey."""
+    of_class = [np.arange(count) % max(1, count // LOOKS) for count in counts]
+    first = np.cumsum([0, *(numbers.max() + 1 for numbers in of_class)])
+    random = np.random.default_rng(0)
+    scales = (16, 8, 4)  # px of the blocks of equal level
+    layers = [random.normal(size=(first[-1], 32 // px, 32 // px)).repeat(px, 1).repeat(px, 2) for px in scales]
+    objects = (80 + 10 * sum(layers)).clip(0, 190).astype(np.uint8)
+    return np.concatenate([numbers + start for numbers, start in zip(of_class, first[:-1], strict=True)]), objects
 
 
 def write(root, counts, random):
@@ -134,6 +153,28 @@ def opened():
     started = time.perf_counter()
     open_store(pairs.eo, "chips"), open_store(pairs.sar, "chips")
     return time.perf_counter() - started
+
+
+def entities_time():
+    """Seconds to find the entities of the large data set."""
+    pairs = find_pairs("large")
+    chips = open_store(pairs.eo, "chips")
+    started = time.perf_counter()
+    found = discover(chips, pairs.labels)
+    elapsed = time.perf_counter() - started
+    wanted = observed(pairs.counts)[0]
+    together = len(set(zip(found.tolist(), wanted.tolist(), strict=True)))
+    if together != wanted.max() + 1 or len(np.unique(found)) != together:
+        print(f"{wanted.max() + 1} objects, but {len(np.unique(found))} entities; {together} pairs of both", flush=True)
+    return elapsed
+
+
+def entities_memory():
+    """GiB at the peak beyond imports and the lists of files, to find the entities and to keep them."""
+    pairs = find_pairs("large")
+    before = peak()
+    find_entities(pairs, "chips")
+    return peak() - before
 
 
 def first_batch():
@@ -250,6 +291,8 @@ table = (
     ("decode PNGs into the store", "chips/s", None, decode),
     ("find the files of all pairs", "s", None, find),
     ("open both built stores", "s", 5, opened),
+    ("find the entities of all pairs, once", "s", 120, entities_time),
+    ("memory of finding the entities", "GiB", 2, entities_memory),
     ("pretrain.py up to its first batch", "s", None, first_batch),
     (f"memory of {STEPS} steps beyond the model, chips on disk", "GiB", 1.5, memory_of(1e-6)),
     (f"memory of {STEPS} steps beyond the model, chips in memory", "GiB", None, memory_of(0)),

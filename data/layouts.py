@@ -40,6 +40,7 @@ OFFICIAL_CLASSES = (
 )
 SUFFIXES = {".npy", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference CSV
+FLAG_NOTE = "without unknown objects the OOD_flag is 0"
 OOD_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 NEAR = 0.8  # similarity, 0..1, from which a folder name counts as a misspelt class name
 
@@ -253,7 +254,7 @@ def read_labelled(paths, reference, classes, class_ids):
             the same image_id, a row has no chip or comes twice, or a class is unknown or ambiguous.
     """
     label_of, rows, key_of = _labels_by_text(classes, class_ids), {}, _key(paths)
-    for line, image_id, name, flag in _read_reference(reference):
+    for line, image_id, name, flag in read_table(reference, COLUMNS, "a reference", FLAG_NOTE):
         where, key, ood = f"{reference}, line {line}", key_of(image_id), OOD_FLAGS.get(flag.lower())
         if ood is None:
             raise DataError(f"{where}: the OOD_flag of {image_id} is {flag!r}; write 0 or 1")
@@ -318,8 +319,17 @@ def _labelled_by_folder(folder, paths, classes, class_ids):
     return Labelled(paths, labels, ood)
 
 
-def _read_reference(path):
-    """Line number, image_id, class and OOD_flag of each row of a reference CSV."""
+def read_table(path, columns, kind, note):
+    """Line number and the cells of the columns, strings, of each row of a CSV.
+
+    Args:
+        path: CSV in UTF-8.
+        columns: names of the columns, in the order of the cells; others are ignored.
+        kind, note: what the file is, "a reference", and what to know of its columns; for the message.
+
+    Raises:
+        DataError: the file cannot be read, is no CSV, has not these columns, or a row has too few or too many cells.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
@@ -328,12 +338,11 @@ def _read_reference(path):
         raise DataError(f"{path} is no CSV in UTF-8 ({reason(error)}); save it as one") from error
     lines = [(number, row) for number, row in lines if any(row)]
     header = lines[0][1] if lines else []
-    if absent := [name for name in COLUMNS if name not in header]:
+    if absent := [name for name in columns if name not in header]:
         raise DataError(
-            f"{path} has no column {' and no '.join(absent)}; a reference starts with the line "
-            f"{','.join(COLUMNS)} (without unknown objects the OOD_flag is 0)"
+            f"{path} has no column {' and no '.join(absent)}; {kind} starts with the line {','.join(columns)} ({note})"
         )
-    wanted = [header.index(name) for name in COLUMNS]
+    wanted = [header.index(name) for name in columns]
     for number, row in lines[1:]:
         if any(row[len(header) :]) or len(row) < len(header) or "\0" in "".join(row):
             raise DataError(

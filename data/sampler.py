@@ -1,4 +1,7 @@
-"""Index streams: which chips make a batch. A class is drawn first, then one of its chips.
+"""Index streams: which chips make a batch. A class is drawn first, then one of its entities, then a chip of that.
+
+An entity is one object that several chips show (`data.entities`). With balance_entities 0, entities play no part: a
+class is drawn, then one of its chips.
 
 A stream is a pure function of the step: `stream.batch(step)` always returns the same chips, so that a
 run can resume at any step and each rank can take its share of a batch. `torch.multinomial` over all
@@ -20,10 +23,14 @@ class _Stream:
         labels: [N] integers, 0..C-1.
         batch_size: B, chips in a batch.
         seed: integer; another seed gives another stream.
+        entities: [N] integers, 0..E-1, each in one class; needed if balance_entities is not 0.
+        balance_entities: b, 0..1. An entity is drawn with probability proportional to its count of chips^(1 - b):
+            1 = the entities of a class equally often, 0 = its chips.
     """
 
-    def __init__(self, labels, batch_size, seed):
+    def __init__(self, labels, batch_size, seed, entities=None, balance_entities=0.0):
         self.members = _ClassMembers(labels)
+        self.entities = _Entities(self.members, entities, balance_entities) if balance_entities else None
         self.batch_size, self.seed = batch_size, seed
         self.ahead = (None, None, None)  # a block of AHEAD steps: its number, chips and views
 
@@ -45,8 +52,8 @@ class WeightedStream(_Stream):
     balance: 1 = every class equally likely, 0 = every chip equally likely.
     """
 
-    def __init__(self, labels, batch_size, balance, seed):
-        super().__init__(labels, batch_size, seed)
+    def __init__(self, labels, batch_size, balance, seed, entities=None, balance_entities=0.0):
+        super().__init__(labels, batch_size, seed, entities, balance_entities)
         weight = np.where(self.members.counts > 0, self.members.counts, 1.0) ** (1.0 - balance)
         probability = np.where(self.members.counts > 0, weight, 0.0)
         probability /= probability.sum()
@@ -56,6 +63,8 @@ class WeightedStream(_Stream):
 
     def _draw(self, random, start, shape):
         classes = np.searchsorted(self.edges, random.random(shape), side="right")
+        if self.entities:
+            return self.entities.draw(random, classes)
         positions = (random.random(shape) * self.members.counts[classes]).astype(np.int64)
         return self.members.at(classes, positions)
 
@@ -67,18 +76,41 @@ class BalancedStream(_Stream):
     The classes take turns in one endless sequence. The k-th turn of a class takes the k-th chip of an
     endless sequence of rounds, and each round holds all chips of the class in another random order.
 
+    With balance_entities 1, a round of a class holds all its entities instead, and each entity goes through rounds of
+    its own chips. With values between 0 and 1, entity and chip are drawn at random.
+
     Source: Kang et al., ICLR 2020, class-balanced sampling.
     """
+
+    def __init__(self, labels, batch_size, seed, entities=None, balance_entities=0.0):
+        super().__init__(labels, batch_size, seed, entities, balance_entities)
+        self.in_turns = balance_entities == 1
 
     def _draw(self, random, start, shape):
         position = start + np.arange(shape[0] * shape[1]).reshape(shape)
         present = np.flatnonzero(self.members.counts)
         turn, which = np.divmod(random.permuted(position, axis=1).ravel(), len(present))
         classes = present[which]
-        count = self.members.counts[classes]
+        if not self.entities:
+            chips, _ = self._in_rounds(turn, self.members.counts[classes], classes)
+            return self.members.at(classes, chips).reshape(shape)
+        if not self.in_turns:
+            return self.entities.draw(random, classes).reshape(shape)
+        first, counts = self.entities.of_class(classes)
+        entity, turn = self._in_rounds(turn, counts, classes)
+        entity += first
+        start, counts = self.entities.chips_of(entity)
+        chips, _ = self._in_rounds(turn, counts, len(self.members.counts) + entity)  # numbers that no class has
+        return self.members.order[start + chips].astype(np.int64).reshape(shape)
+
+    def _in_rounds(self, turn, count, of):
+        """What the turns take of 0..count-1, and the number of the round, int64 [B] each.
+
+        Each round holds all of 0..count-1, in an order that depends on the round and on `of`, int64 [B].
+        """
         number, position = np.divmod(turn, count)  # of the round, and within it
-        key = _mixed(_mixed(classes.astype(np.uint64) + np.uint64(self.seed)) + number.astype(np.uint64))
-        return self.members.at(classes, _shuffled(position, count, key)).reshape(shape)
+        key = _mixed(_mixed(of.astype(np.uint64) + np.uint64(self.seed)) + number.astype(np.uint64))
+        return _shuffled(position, count, key), number
 
 
 def _shuffled(position, count, key):
@@ -138,15 +170,63 @@ class _ClassMembers:
         return self.order[self.start[classes] + positions].astype(np.int64)
 
 
-def stratified_split(labels, fraction, *excluded):
-    """Training and validation indices; the same labels and fraction always give the same split.
+class _Entities:
+    """The chips of each class sorted by entity, and where each entity starts (12 bytes an entity, none a chip).
 
-    Each class gives round(fraction * count) of its chips to validation, but at least one if it has two
-    (and fraction is not 0), and never its last one. The split does not depend on the seed of the run, so
-    that all stages hold out the same chips.
+    It sorts `members.order` within each class, so that an entity is a range of it.
+
+    Args:
+        members: _ClassMembers of N chips.
+        entities: [N] integers, each in one class.
+        balance: balance_entities of the streams.
+    """
+
+    def __init__(self, members, entities, balance):
+        starts, first = [], [0]
+        for start, count in zip(members.start, members.counts, strict=True):
+            chips = members.order[start : start + count]
+            of_chip = entities[chips]
+            order = np.argsort(of_chip, kind="stable")
+            chips[:] = chips[order]
+            of_chip = of_chip[order]
+            begins = np.flatnonzero(np.diff(of_chip, prepend=of_chip[:1] - 1))
+            starts.append((start + begins).astype(members.order.dtype))
+            first.append(first[-1] + len(begins))
+        self.order, self.first = members.order, np.array(first)  # [C + 1], of the entities of each class
+        self.start = np.concatenate([*starts, np.array([len(members.order)], members.order.dtype)])  # [E + 1]
+        # Up to the end of each entity; the sums of whole numbers, which balance 1 needs, are exact.
+        self.weights = np.concatenate([[0.0], np.cumsum(np.diff(self.start) ** (1.0 - balance))])
+
+    def of_class(self, classes):
+        """The first entity of each class, and how many it has."""
+        return self.first[classes], self.first[classes + 1] - self.first[classes]
+
+    def chips_of(self, entities):
+        """Where the chips of each entity start in `order`, and how many they are."""
+        start = self.start[entities].astype(np.int64)
+        return start, self.start[entities + 1] - start
+
+    def draw(self, random, classes):
+        """A chip at random, int64, for each class: of an entity drawn by its weight."""
+        first, count = self.of_class(classes)
+        low, high = self.weights[first], self.weights[first + count]
+        drawn = low + random.random(classes.shape) * (high - low)
+        # Rounding must not let a number reach the first entity of the next class.
+        entities = np.minimum(np.searchsorted(self.weights, drawn, side="right") - 1, first + count - 1)
+        start, count = self.chips_of(entities)
+        return self.order[start + (random.random(classes.shape) * count).astype(np.int64)].astype(np.int64)
+
+
+def stratified_split(labels, entities, fraction, *excluded):
+    """Training and validation indices; the same labels, entities and fraction always give the same split.
+
+    Each class gives about fraction * count of its chips to validation, as whole entities, but at least one entity if
+    it has two (and fraction is not 0), and never its last one, nor one with more than half of the class's chips.
+    The split does not depend on the seed of the run, so that all stages hold out the same chips.
 
     Args:
         labels: [N] integers.
+        entities: [N] integers, each in one class (`data.entities`); np.arange(N) = every chip is one of its own.
         fraction: of the chips that is held out, 0..1.
         excluded: arrays of indices that are removed from both after the split, such as unreadable chips.
 
@@ -160,8 +240,9 @@ def stratified_split(labels, fraction, *excluded):
     validation = []
     for label in np.unique(labels):
         chips = np.flatnonzero(labels == label)
-        held_out = min(max(round(fraction * len(chips)), 1 if fraction else 0), len(chips) - 1)
-        validation.append(random.permutation(chips)[:held_out])
+        _, of_chip = np.unique(entities[chips], return_inverse=True)
+        held_out = _held_out(np.bincount(of_chip), max(round(fraction * len(chips)), 1 if fraction else 0), random)
+        validation.append(chips[np.isin(of_chip, held_out)])
     validation = np.sort(np.concatenate(validation)).astype(np.int64)
     train = np.setdiff1d(np.arange(len(labels)), validation)
     excluded = np.concatenate([*excluded, []]).astype(np.int64)
@@ -169,6 +250,28 @@ def stratified_split(labels, fraction, *excluded):
     if not len(train):
         raise DataError("no pair is left of which both files are readable images; add chips")
     return train, validation
+
+
+def _held_out(sizes, wanted, random):
+    """Which entities of a class to hold out, a list, so that they have about `wanted` chips.
+
+    sizes: [E] chips of each entity; random: generator of the order in which they are tried.
+    """
+    order = random.permutation(len(sizes))
+    order = order[2 * sizes[order] <= sizes.sum()]
+    held_out, count = [], 0
+    for entity in order:
+        if count + sizes[entity] <= min(wanted, sizes.sum() - 1):
+            held_out.append(entity)
+            count += sizes[entity]
+    # One more, if that comes nearer: with few large entities the first pass may have found none.
+    rest = np.setdiff1d(order, held_out)
+    if wanted and len(rest):
+        nearest = rest[np.argmin(abs(count + sizes[rest] - wanted))]
+        nearer = abs(count + sizes[nearest] - wanted) < abs(count - wanted)
+        if (nearer or not count) and count + sizes[nearest] < sizes.sum():
+            held_out.append(nearest)
+    return held_out
 
 
 def few_of_each(labels, most):

@@ -51,7 +51,7 @@ def choose_reading(paths, grey_range=()):
     return side, (float(black), float(white))
 
 
-def open_store(paths, folder, skip_bad=False, side=None, grey_range=None):
+def open_store(paths, folder, skip_bad=False, side=None, grey_range=None, report=True):
     """The chips of `paths` as one array: decoded on the first call, memory-mapped afterwards.
 
     Chips that are not square or have another size are resized to S x S.
@@ -68,6 +68,7 @@ def open_store(paths, folder, skip_bad=False, side=None, grey_range=None):
         skip_bad: True leaves the chip of an unreadable file black; `unreadable` lists these chips.
         side: S, px; None = the most common longest side among the files, at most 512.
         grey_range: (black, white) of files with more than 8 bits; None = that of `data.decode.survey`.
+        report: False does not print which unreadable files are left out.
 
     Returns:
         uint8 [N, S, S], in the order of `paths`; changes to it are not written to disk.
@@ -98,7 +99,8 @@ def open_store(paths, folder, skip_bad=False, side=None, grey_range=None):
     if bad := _notes(path)["unreadable"]:
         if not skip_bad:
             raise DataError(_unreadable_files(bad))
-        print(f"{len(bad)} of {len(paths)} files left out, no readable images: {named(bad.values())}")
+        if report:
+            print(f"{len(bad)} of {len(paths)} files left out, no readable images: {named(bad.values())}")
     return chips
 
 

@@ -40,6 +40,7 @@ QUICK = {
 CHIP, SAR_CHIP = "data/EO/bus/0.png", "data/SAR/bus/0.png"
 VALIDATION, TEST = "data/val/Gotcha101.png", "data/test/reference.csv"
 TEACHER, STUDENT, FINAL = (f"runs/{stage}/best.pt" for stage in EARLIER[:3])
+LISTED = "pretrain.py ENTITIES=entities.csv"
 HEADER = "image_id,class,OOD_flag\n"
 ROWS = [f"Gotcha{n},{CLASSES[n % 4]},{int(n > 106)}\n" for n in range(101, 109)]  # two are unknown
 GIVEN = "".join(ROWS)
@@ -151,6 +152,10 @@ def edit(path, **entries):
         torch.save({key: value for key, value in saved.items() if value is not None}, path)
 
     return change
+
+
+def entities(rows):
+    return write("entities.csv", "".join(f"{row}\n" for row in ["chip,entity", *rows]))
 
 
 def only(*names):
@@ -271,10 +276,30 @@ CASES = [
         "pretrain.py", "next: python sar_feature.py"),
     bad("each class of one chip",
         remove(*(f"data/{s}/{c}/{i}.png" for s in SENSORS for c in CLASSES for i in (1, 2, 3))),
-        "pretrain.py", "none is left to validate on; add chips"),
+        "pretrain.py", "none is left to validate on; add chips of other objects"),
+    bad("each class of one entity", entities(f"{c}/{i},{c}" for c in CLASSES for i in range(4)), LISTED,
+        "none is left to validate on; add chips of other objects"),
     bad("one class alone", remove(*(f"data/{s}/{c}" for s in SENSORS for c in CLASSES[1:])), "pretrain.py",
         "there is one class alone, sedan; a classifier needs two"),
     good("1,001 classes", classes(1001), "pretrain.py BATCH_SIZE=256", "next: python sar_feature.py"),
+
+    # Entities
+    good("a class of one entity", entities(f"bus/{i},a" for i in range(4)), LISTED,
+        "classes of one entity keep it for training, so that they cannot be validated on pairs: bus"),
+    bad("no ENTITIES", None, LISTED, "ENTITIES entities.csv is not a file; set it to a CSV with"),
+    bad("no entity column", write("entities.csv", "chip,vehicle\nbus/0,a\n"), LISTED,
+        "entities.csv has no column entity; a list of entities starts with the line chip,entity"),
+    bad("entities of no chip", entities(["bus/0,a", "bus/9,a"]), LISTED,
+        "entities.csv, line 3: there is no training chip 'bus/9'; write names such as sedan/0"),
+    bad("entities of several chips", entities(["0,a"]), LISTED,
+        "line 2: several classes have a chip '0'; write <class>/0"),
+    bad("an entity twice", entities(["bus/0,a", "bus/0.png,b"]), LISTED, "line 3: bus/0.png stands there twice"),
+    bad("an empty entity", entities(["bus/0,"]), LISTED, "line 2: bus/0 has no entity; write one, or remove the row"),
+    bad("cells of an entity", entities(["bus/0,a,b"]), LISTED, "line 2: 3 cells where the header has 2"),
+    bad("entities in UTF-16", lambda: Path("entities.csv").write_text("chip,entity\n", "utf-16"), LISTED,
+        "entities.csv is no CSV in UTF-8"),
+    bad("the teacher's ENTITIES", [entities(["bus/0,a"]), ran(f"{LISTED} OUT_DIR=x"), remove("entities.csv")],
+        "sar_feature.py TEACHER=x/best.pt", "ENTITIES entities.csv is not a file"),
 
     # Files of chips
     bad("zero bytes, cut off, no image",

@@ -59,10 +59,13 @@ def test_gradients_and_batch_statistics_are_those_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("balance_entities", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", [WeightedStream, BalancedStream])
-def test_ranks_draw_together_what_one_process_draws(kind, ranks):
+def test_ranks_draw_together_what_one_process_draws(kind, balance_entities, ranks):
     labels = np.repeat([0, 1, 2], [50, 20, 3])
+    entities = np.repeat(np.arange(9), [20, 20, 4, 3, 3, 10, 9, 1, 3])
     options = (0.5, 7) if kind is WeightedStream else (7,)
+    options += (entities, balance_entities)
     stream, cpu = kind(labels, 16, *options), torch.device("cpu")
     alone = Batches(stream, labels, cpu, 1, paths=range(73))
     ranks_ = [Batches(stream, labels, cpu, 1, ranks=(i, ranks)) for i in range(ranks)]

@@ -9,8 +9,9 @@ import sys
 import zipfile
 
 from data.augment import to_input, turn
+from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs
-from data.sampler import BalancedStream, stratified_split
+from data.sampler import BalancedStream
 from data.store import open_store
 from tests.conftest import ROOT, load, must, run_script, same
 from utils.run.checkpoint import build_model
@@ -129,7 +130,7 @@ def by_hand(source, images, batch):
 
 def training_chips(paths, cwd, source, tiny_demo):
     pairs = find_pairs(tiny_demo)
-    train, _ = stratified_split(pairs.labels, source["val_fraction"])
+    train, _ = split_pairs(pairs, find_entities(pairs, cwd / "runs/chips"), source["val_fraction"])
     return np.array(open_store(getattr(pairs, paths), cwd / "runs/chips")[train]), pairs.labels[train]
 
 

@@ -17,6 +17,14 @@ from scipy.stats import chisquare
 
 LABELS = np.repeat([0, 1, 2, 4], [500, 120, 30, 3])  # class 3 has no chips
 SHUFFLED = np.random.default_rng(5).permutation(LABELS)
+ALONE = np.arange(len(LABELS))  # every chip is an entity of its own
+# Entities of 1, 2, 3, ... chips; the last of a class has what is left.
+SIZES = {0: [*range(1, 31), 35], 1: [*range(1, 15), 15], 2: [1, 2, 27], 4: [3]}
+ENTITIES = np.empty(len(LABELS), np.int64)
+for _label, _sizes in SIZES.items():
+    ENTITIES[np.flatnonzero(SHUFFLED == _label)] = 100 * _label + np.random.default_rng(_label).permutation(
+        np.repeat(np.arange(len(_sizes)), _sizes)
+    )
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
@@ -35,7 +43,14 @@ def test_all_views_equally_often():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda s: WeightedStream(SHUFFLED, 7, 0.5, s), lambda s: BalancedStream(SHUFFLED, 7, s)]
+    "make",
+    [
+        lambda s: WeightedStream(SHUFFLED, 7, 0.5, s),
+        lambda s: WeightedStream(SHUFFLED, 7, 0.5, s, ENTITIES, 0.5),
+        lambda s: BalancedStream(SHUFFLED, 7, s),
+        lambda s: BalancedStream(SHUFFLED, 7, s, ENTITIES, 0.5),
+        lambda s: BalancedStream(SHUFFLED, 7, s, ENTITIES, 1.0),
+    ],
 )
 def test_a_batch_depends_on_seed_and_step_alone(make):
     one, two = make(3), make(3)
@@ -61,6 +76,53 @@ def test_balanced_batches(batch_size):
         chips = set(np.flatnonzero(SHUFFLED == label).tolist())
         counts = Counter(index for index in drawn if index in chips)
         assert max(counts.values()) - min(counts[i] for i in chips) <= 1
+
+
+@pytest.mark.parametrize("balance", [0.3, 1.0])
+@pytest.mark.parametrize("kind", [WeightedStream, BalancedStream])
+def test_entities_are_drawn_by_count_to_the_minus_balance(kind, balance):
+    options = (1.0, 1) if kind is WeightedStream else (1,)  # the classes equally often
+    stream = kind(SHUFFLED, 200, *options, ENTITIES, balance)
+    drawn = np.concatenate([stream.batch(step)[0] for step in range(200)])
+    of_entity = np.bincount(ENTITIES)[ENTITIES]
+    weight = of_entity**-balance
+    weight /= np.bincount(SHUFFLED, weight)[SHUFFLED]  # in all 1 for each class
+    expected = len(drawn) * weight / weight.sum()
+    counts = np.bincount(drawn, minlength=len(SHUFFLED))
+    if kind is BalancedStream and balance == 1:  # exact, so that it is nearer than chance would be
+        np.testing.assert_allclose(np.bincount(ENTITIES, counts), np.bincount(ENTITIES, expected), atol=1)
+    else:
+        assert chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_balanced_batches_take_entities_in_turns_and_their_chips_in_turns():
+    stream = BalancedStream(SHUFFLED, 40, 3, ENTITIES, 1.0)
+    drawn = np.concatenate([stream.batch(step)[0] for step in range(57)])
+    per_class = np.bincount(SHUFFLED[drawn], minlength=5)
+    assert per_class[[0, 1, 2, 4]].tolist() == [570] * 4
+    counts = np.bincount(drawn, minlength=len(SHUFFLED))
+    for label, sizes in SIZES.items():
+        of_entity = np.bincount(ENTITIES, counts)[100 * label : 100 * label + len(sizes)]
+        assert of_entity.max() - of_entity.min() <= 1 and of_entity.sum() == 570
+    for entity in np.unique(ENTITIES):
+        of_chip = counts[ENTITIES == entity]
+        assert of_chip.max() - of_chip.min() <= 1
+    # Each round has another order. A batch of four chips has one of each class.
+    stream = BalancedStream(SHUFFLED, 4, 3, ENTITIES, 1.0)
+    drawn = np.concatenate([stream.batch(step)[0] for step in range(4 * 15)])
+    rounds = ENTITIES[drawn[SHUFFLED[drawn] == 1]].reshape(4, 15)
+    assert len({row.tobytes() for row in rounds}) == 4
+    assert (np.sort(rounds, 1) == 100 + np.arange(15)).all()
+
+
+@pytest.mark.parametrize("make", [
+    lambda *by_entity: WeightedStream(SHUFFLED, 37, 0.5, 1, *by_entity),
+    lambda *by_entity: BalancedStream(SHUFFLED, 37, 1, *by_entity),
+])  # fmt: skip
+def test_without_balance_entities_play_no_part(make):
+    for step in (0, 17, 300):
+        np.testing.assert_array_equal(make().batch(step), make(ENTITIES, 0.0).batch(step))
+        assert not np.array_equal(make().batch(step), make(ENTITIES, 0.1).batch(step))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 14, 100, 4097])
@@ -94,22 +156,47 @@ def test_few_of_each_class():
 
 
 def test_split_is_stratified_stable_and_disjoint():
-    train, held = stratified_split(SHUFFLED, 0.1)
+    train, held = stratified_split(SHUFFLED, ALONE, 0.1)
     assert sorted([*train, *held]) == list(range(len(SHUFFLED)))
     assert Counter(SHUFFLED[held].tolist()) == {0: 50, 1: 12, 2: 3, 4: 1}
-    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, 0.1)[1])
-    assert len(stratified_split(SHUFFLED, 0.0)[1]) == 0
-    assert len(stratified_split(np.array([0, 0, 1]), 0.5)[1]) == 1  # never a class's last chip
+    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, ALONE, 0.1)[1])
+    assert len(stratified_split(SHUFFLED, ALONE, 0.0)[1]) == 0
+    assert len(stratified_split(np.array([0, 0, 1]), np.arange(3), 0.5)[1]) == 1  # never a class's last chip
 
 
 def test_excluded_chips_are_in_neither_side_and_do_not_move_the_split():
-    train, held = stratified_split(SHUFFLED, 0.1)
+    train, held = stratified_split(SHUFFLED, ALONE, 0.1)
     excluded = np.array([train[0], train[5]]), held[:2]
-    less_train, less_held = stratified_split(SHUFFLED, 0.1, *excluded)
+    less_train, less_held = stratified_split(SHUFFLED, ALONE, 0.1, *excluded)
     assert less_train.tolist() == sorted({*train} - {*excluded[0]})
     assert less_held.tolist() == sorted({*held} - {*excluded[1]})
     with pytest.raises(DataError, match="no pair is left"):
-        stratified_split(SHUFFLED, 0.1, np.arange(len(SHUFFLED)))
+        stratified_split(SHUFFLED, ALONE, 0.1, np.arange(len(SHUFFLED)))
+
+
+def test_an_entity_is_held_out_as_a_whole():
+    train, held = stratified_split(SHUFFLED, ENTITIES, 0.1)
+    assert sorted([*train, *held]) == list(range(len(SHUFFLED)))
+    assert not set(ENTITIES[train]) & set(ENTITIES[held])
+    # As near to the share as the entities allow; of the 30 chips of class 2, 27 are one entity, 3 are wanted.
+    assert Counter(SHUFFLED[held].tolist()) == {0: 50, 1: 12, 2: 3}
+    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, ENTITIES, 0.1)[1])
+
+
+@pytest.mark.parametrize("sizes, fraction, held_out", [
+    ([5], 0.5, 0),  # the only one
+    ([5, 5], 0.1, 5),  # the nearest is more than wanted
+    ([5, 5], 0.9, 5),  # never the last one
+    ([40, 4, 3], 0.5, 7),  # never more than half of the class
+    ([40, 4, 3], 0.02, 3),
+    ([10, 10, 10, 70], 0.14, 10),
+    ([10, 10, 10, 70], 0.16, 20),
+    ([5, 5], 0.0, 0),
+])  # fmt: skip
+def test_the_share_held_out_is_as_near_as_whole_entities_allow(sizes, fraction, held_out):
+    entities = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    _, held = stratified_split(np.zeros(len(entities), np.int64), entities, fraction)
+    assert len(held) == held_out
 
 
 def test_draws_are_those_of_earlier_versions():
@@ -119,6 +206,6 @@ def test_draws_are_those_of_earlier_versions():
         for step in (0, 17, 300):
             for array in stream.batch(step):
                 digest.update(array.astype("<i8").tobytes())
-    for array in (*stratified_split(SHUFFLED, 0.1), few_of_each(SHUFFLED, 50)):
+    for array in (*stratified_split(SHUFFLED, ALONE, 0.1), few_of_each(SHUFFLED, 50)):
         digest.update(array.astype("<i8").tobytes())
     assert digest.hexdigest() == "85e2dd414c6e3a042c456b5fe6f947dd15e8cc1f69d109c51e3612a84a9fa307"

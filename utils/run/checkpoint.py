@@ -14,7 +14,7 @@ from utils.run.settings import CheckpointError
 
 import torch
 
-FORMAT = 3  # 1 lacks chip_side, grey_range, views and ood; 2 lacks validation
+FORMAT = 3  # 2 lacks entities and validation, 1 chip_side, grey_range, views and ood as well
 
 
 def _is_text(x):
@@ -69,6 +69,7 @@ KEYS = {
     "views": _each(_is_view),
     "grey": lambda x: _each(_is_positive)(x) and len(x) == 2,
     "data_root": _is_text,
+    "entities": _is_text,
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),
@@ -176,6 +177,21 @@ def choose_data_root(data_root, checkpoint, path):
             f"({os.path.abspath(root)}); set DATA_ROOT to where the data set lies now"
         )
     return root
+
+
+def choose_entities(entities, checkpoint, path):
+    """The CSV of entities: ENTITIES, or if that is empty the one in the checkpoint; "" if neither names one.
+
+    Raises:
+        CheckpointError: the checkpoint's file is not there.
+    """
+    listed = entities or checkpoint["entities"]
+    if listed and not entities and not os.path.isfile(listed):
+        raise CheckpointError(
+            f"the list of entities in the checkpoint {path}, ENTITIES {listed}, is not a file here "
+            f"({os.path.abspath(listed)}); set ENTITIES to where it lies now"
+        )
+    return listed
 
 
 def build_model(checkpoint, path="the checkpoint"):

@@ -18,18 +18,20 @@ WORDS = {"", "timm", "teacher"}  # values of WEIGHTS and INIT that are no files
 # How each entry of `made_from` is named to the user.
 NAMES = {
     "data": "the data (pixels, labels or class names)",
+    "entities": "which pairs show the same entity (ENTITIES, or the EO chips)",
     "checkpoint": "the checkpoint of the stage before",
     "weights": "the initial weights (WEIGHTS or INIT)",
     "code": "the source code",
 }
 
 
-def made_from(script, pairs, chips, labelled=None, weights="", source=None):
+def made_from(script, pairs, chips, entities, labelled=None, weights="", source=None):
     """Digests of what a run is made from.
 
     Args:
         script: file of the script.
         pairs: `data.layouts.Pairs` that it trains on; chips: their stores, of `data.store.open_store`.
+        entities: [N] ids of the pairs, of `data.entities.find_entities`.
         labelled: (ChipStore, labels) of the labelled chips that choose the best epoch; None without.
         weights: value of WEIGHTS or INIT.
         source: checkpoint of the stage before, or None.
@@ -41,7 +43,7 @@ def made_from(script, pairs, chips, labelled=None, weights="", source=None):
     if labelled:
         store, labels = labelled
         data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]
-    digests = {"data": digest(*data), "code": source_digest(script)}
+    digests = {"data": digest(*data), "entities": digest(entities), "code": source_digest(script)}
     digests["weights"] = weights if weights in WORDS else digest(Path(weights).read_bytes())
     if source is not None:
         digests["checkpoint"] = checkpoint_digest(source)

@@ -71,6 +71,7 @@ RULES = {
     "VAL_FRACTION": number("between 0 and 1", lambda x: 0 < x < 1),
     "VOTE_MIN_SHARE": SHARE,
     "BACKGROUND": SHARE,
+    "BALANCE_ENTITIES": SHARE,
     "BALANCE": number("from 0 to 2", lambda x: 0 <= x <= 2),
     "GREY_RANGE": Rule("empty, or two numbers, black and white, the first below the second", _is_range),
     "SENSOR": one_of("EO", "SAR"),
@@ -84,6 +85,7 @@ NUMBERS = {"GREY_RANGE"}  # tuples of numbers that may be empty
 # In these "~" and "$NAME" are expanded.
 PATHS = {
     "DATA_ROOT", "TEST_DIR", "OUT_DIR", "STORE_DIR", "TEACHER", "STUDENT", "CHECKPOINT", "WEIGHTS", "INIT", "OUT",
+    "ENTITIES",
 }  # fmt: skip
 FOLDERS = {"OUT_DIR", "STORE_DIR"}  # made if they do not exist
 

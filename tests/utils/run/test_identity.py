@@ -61,6 +61,6 @@ def test_initial_weights_are_told_apart_by_their_word_or_their_content(project):
     for name, content in (("one.pt", b"1"), ("same.pt", b"1"), ("other.pt", b"2")):
         (project / name).write_bytes(content)
     weights = ["", "timm", "teacher", *(str(project / f"{name}.pt") for name in ("one", "other"))]
-    entries = [made_from(project / "script.py", pairs, [], weights=value) for value in weights]
+    entries = [made_from(project / "script.py", pairs, [], pairs.labels, weights=value) for value in weights]
     assert len({entry["weights"] for entry in entries}) == len(weights)
-    assert made_from(project / "script.py", pairs, [], weights=str(project / "same.pt")) == entries[3]
+    assert made_from(project / "script.py", pairs, [], pairs.labels, weights=str(project / "same.pt")) == entries[3]
