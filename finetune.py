@@ -10,7 +10,7 @@ from data.augment import VIEWS
 from data.batches import Batches
 from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs
-from data.sampler import BalancedStream, WeightedStream, few_of_each
+from data.sampler import BalancedStream, WeightedStream, choose_labelled, few_of_each
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
@@ -20,7 +20,7 @@ from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
 from utils.run.ranks import gather_over_ranks, rank, share_of_rank, world_size
 from utils.run.resume import Run
-from utils.run.settings import read_settings
+from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
 from utils.train.feature_cache import FrozenCache
 from utils.train.learner import Learner, Optimization
@@ -76,6 +76,12 @@ def main():
     listed = choose_entities(ENTITIES, source, STUDENT)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
     train, held_out = split_pairs(pairs, entities, source["val_fraction"], unreadable(chips))
+    check(
+        source["labelled_share"] > 0,
+        f"{STUDENT} was trained without labels, so there are none to train the head on: go on with "
+        f"python results.py CHECKPOINT={STUDENT}",
+    )
+    train = train[choose_labelled(pairs.labels[train], source["labelled_share"])]
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (sar,) = place_stores(budget, chips)
     labels, sar_train = pairs.labels[train], sar.subset(train)

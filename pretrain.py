@@ -106,6 +106,7 @@ def main():
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
+        "labelled_share": 1.0,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     # Only SAR has labelled validation chips; for EO the pairs that are held out serve.

@@ -6,17 +6,17 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 from data.augment import Augmentation
 from data.batches import Batches
 from data.entities import find_entities, split_pairs
-from data.layouts import find_pairs
-from data.sampler import WeightedStream
-from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
+from data.layouts import find_pairs, find_unlabelled
+from data.sampler import WeightedStream, choose_labelled
+from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, to_device, unreadable
 from models.backbone import Classifier
-from models.distillation import distillation_loss
+from models.distillation import distillation_loss, match_prior
 from models.focal import focal_loss
-from utils.predict.tta import all_views, scaled, view_features
+from utils.predict.tta import all_views, predict, scaled, view_features
 from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
-from utils.run.ranks import rank, world_size
+from utils.run.ranks import rank, sum_over_ranks, world_size
 from utils.run.resume import Run
 from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
@@ -25,6 +25,7 @@ from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
 from utils.train.validation import Validation, labelled_chips
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,6 +52,8 @@ KL_WEIGHT = 1.0  # of T^2 KL(teacher || student) on the class distributions
 FEATURE_WEIGHT = 0.0  # of the same on the softened feature distributions of the two sensors
 FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
 LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
+LABELLED_SHARE = 1.0  # of the training pairs of each class whose labels are used; the others teach by KL alone
+MATCH_PRIOR = True  # True: the teacher answers as if its classes had been drawn with the student's BALANCE
 GAMMA = 2.0  # of the focal loss; 0 = cross-entropy
 BALANCE = 1.0  # pairs drawn with probability count^-BALANCE: 1 = classes equal, 0 = as they are
 BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
@@ -92,19 +95,34 @@ def main():
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    side, grey_range = choose_reading(pairs.sar, GREY_RANGE)
-    eo_chips = open_store(pairs.eo, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
-    sar_chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, grey_range)
+    unlabelled = find_unlabelled(root)
+    eo_paths, sar_paths = pairs.eo + unlabelled[0], pairs.sar + unlabelled[1]
+    side, grey_range = choose_reading(sar_paths, GREY_RANGE)
+    eo_chips = open_store(eo_paths, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
+    sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, side, grey_range)
     bad = unreadable(eo_chips), unreadable(sar_chips)
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
     train, held_out = split_pairs(pairs, entities, source["val_fraction"], *bad)
+    has_label = choose_labelled(pairs.labels[train], LABELLED_SHARE)
+    others = np.setdiff1d(np.arange(len(pairs.eo), len(eo_paths)), np.concatenate(bad))
+    train, has_label = np.concatenate((train, others)), np.concatenate((has_label, np.zeros(len(others), bool)))
+    if not KL_WEIGHT and not FEATURE_WEIGHT:
+        train, has_label = train[has_label], has_label[has_label]
+        check(len(train), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     eo, sar = place_stores(budget, eo_chips, sar_chips)
-    labels, eo_train = pairs.labels[train], eo.subset(train)
-    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities[train], BALANCE_ENTITIES)
-    paths = [pairs.sar[i] for i in train]
+    eo_train, paths = eo.subset(train), [sar_paths[i] for i in train]
+    # A pair without a label is drawn by the class that the teacher sees in it.
+    labels = np.concatenate((pairs.labels, np.zeros(len(unlabelled[0]), np.int64)))[train]
+    if not has_label.all():
+        seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
+        labels[~has_label] = seen.argmax(1).cpu().numpy()
+        print(f"{has_label.sum()} of {len(train)} training pairs have labels; the others teach by KL alone")
+    entities = np.concatenate((entities, entities.max() + 1 + np.arange(len(unlabelled[0]))))[train]
+    entities = np.unique(entities * len(pairs.classes) + labels, return_inverse=True)[1]  # each in one class
+    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities, BALANCE_ENTITIES)
     batches = Batches(stream, labels, device, EPOCHS, sar.subset(train), paths, (rank(), world_size()))
 
     @torch.no_grad()
@@ -112,6 +130,8 @@ def main():
         """The teacher's features and logits side by side, [B, D + C]; the logits alone if only they are needed."""
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
+        if MATCH_PRIOR:
+            logits = match_prior(logits, source["counts"], source["settings"]["BALANCE"], BALANCE)
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -132,14 +152,18 @@ def main():
         if FEATURE_WEIGHT:
             on_features = distillation_loss(project(features), teacher_features, FEATURE_TEMPERATURE)
             loss = loss + FEATURE_WEIGHT * on_features
-        if LABEL_WEIGHT:
+        if LABEL_WEIGHT and has_label.all():
             loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA)
+        elif LABEL_WEIGHT:
+            counted = to_device(torch.from_numpy(has_label[batch.indices]), device)
+            total = sum_over_ranks(counted.sum()) * (len(batch.labels) / batches.size)
+            loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA, None, total, counted)
         return loss, logits, batch.labels
 
     contents = source | {
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
-        "views": all_views(TRAIN_SCALES),
+        "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)

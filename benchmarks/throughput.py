@@ -291,9 +291,8 @@ def write_checkpoint(root, backbone, size, stage="pretrain", sensor="EO"):
         "stage": stage, "sensor": sensor, "settings": {}, "backbone": backbone, "image_size": size,
         "chip_side": side, "grey_range": grey_range,
         "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts, "grey": GREY,
-        "scales": (1.0,), "views": ((0, 1.0),), "ood": {}, "validation": {}, "data_root": root, "entities": "",
-        "val_fraction": 0.1,
-        "model": model.state_dict(),
+        "scales": (1.0,), "views": ((0, 1.0),), "ood": {}, "validation": {}, "data_root": root,
+        "entities": "", "labelled_share": 1.0, "val_fraction": 0.1, "model": model.state_dict(),
     })  # fmt: skip
 
 

@@ -154,6 +154,26 @@ def class_order(names, chosen=()):
     return tuple(name for name in OFFICIAL_CLASSES if name in names)
 
 
+def find_unlabelled(root):
+    """Pairs without labels, which teach by the teacher alone: EO and SAR paths, two lists in the same order.
+
+    They lie in unlabelled/EO and unlabelled/SAR of the data set, the same name on both sides. Both lists are empty
+    if the data set has no folder unlabelled.
+
+    Raises:
+        DataError: one side is missing, or a chip has no counterpart.
+    """
+    folder = Path(root) / "unlabelled"
+    if not folder.is_dir():
+        return [], []
+    for side in ("EO", "SAR"):
+        if not (folder / side).is_dir():
+            raise DataError(f"{folder} has no folder {side}; pairs without labels need both, EO and SAR")
+    eo, sar = _images(folder / "EO"), _images(folder / "SAR")
+    _check_names(folder, eo, sar)
+    return [eo[key] for key in sorted(eo)], [sar[key] for key in sorted(sar)]
+
+
 def find_chips(folder):
     """Image files directly in `folder`, else those in its subfolders; sorted by subfolder, then by name.
 
@@ -455,15 +475,21 @@ def _class_ids(order, chosen):
 def _check_sides(root, order, eo, sar):
     """Raise DataError unless each EO chip has its SAR chip, and the reverse."""
     for name in order:
-        left, right = set(eo.get(name, ())), set(sar.get(name, ()))
+        left, right = eo.get(name, ()), sar.get(name, ())
         if not left and not right:
             raise DataError(f"{root}, class {name}: no chip is named EO_<number> or SAR_<number>")
-        if left != right:
-            raise DataError(
-                f"{root}, class {name}: {len(left - right)} EO chips without SAR "
-                f"({named(sorted(left - right), 5) or '-'}), {len(right - left)} SAR chips without "
-                f"EO ({named(sorted(right - left), 5) or '-'}); pairs carry the same name"
-            )
+        _check_names(f"{root}, class {name}", left, right)
+
+
+def _check_names(where, eo, sar):
+    """Raise DataError unless the names of both sensors' chips are the same."""
+    left, right = set(eo), set(sar)
+    if left != right:
+        raise DataError(
+            f"{where}: {len(left - right)} EO chips without SAR "
+            f"({named(sorted(left - right), 5) or '-'}), {len(right - left)} SAR chips without "
+            f"EO ({named(sorted(right - left), 5) or '-'}); pairs carry the same name"
+        )
 
 
 def _check_labels(root, order, eo, sar):

@@ -274,6 +274,21 @@ def _held_out(sizes, wanted, random):
     return held_out
 
 
+def choose_labelled(labels, share):
+    """Which training chips keep their labels, bool [N]: round(share * count) of each class, but at least one.
+
+    The same labels and share always give the same choice, and a larger share contains a smaller one.
+
+    Args:
+        labels: [N] integers; share: 0..1; 0 = none at all.
+    """
+    random, known = np.random.default_rng(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        chips = random.permutation(np.flatnonzero(labels == label))
+        known[chips[: max(round(share * len(chips)), 1 if share else 0)]] = True
+    return known
+
+
 def few_of_each(labels, most):
     """Indices, int64, sorted, of at most `most` chips of each class, evenly spread over its chips.
 

@@ -4,6 +4,23 @@ import torch
 import torch.nn.functional as F
 
 
+def match_prior(logits, counts, teacher_balance, student_balance):
+    """The teacher's logits as if its chips had been drawn like the student's.
+
+    Chips drawn with probability count^-balance show class c in proportion to count_c^(1 - balance). A classifier
+    learns that prior with the rest, so the teacher's log odds differ by (teacher_balance - student_balance) log count
+    from what the student's own draws teach it.
+
+    Args:
+        logits: [N, C]; counts: [C], training chips of each class, > 0.
+        teacher_balance, student_balance: BALANCE of both stages.
+
+    Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, for the shift by log priors.
+    """
+    log_counts = torch.log(torch.as_tensor(counts, device=logits.device, dtype=logits.dtype))
+    return logits + (teacher_balance - student_balance) * log_counts
+
+
 def distillation_loss(student, teacher, temperature=1.0):
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
 

@@ -124,7 +124,7 @@ def checkpoint(tmp_path_factory):
     contents = {
         "stage": "pretrain", "sensor": "EO", "settings": {}, "backbone": "test_resnet", "image_size": 16,
         "chip_side": 16, "views": ((0, 1.0),), "ood": {}, "validation": {}, "classes": ("a", "b"),
-        "class_ids": (0, 1), "counts": (5, 3), "scales": (1.0,), "entities": "",
+        "class_ids": (0, 1), "counts": (5, 3), "scales": (1.0,), "entities": "", "labelled_share": 1.0,
         "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x", "val_fraction": 0.1,
         "model": network,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from utils.run.settings import CheckpointError
 
 import torch
 
-FORMAT = 3  # 2 lacks entities and validation, 1 chip_side, grey_range, views and ood as well
+FORMAT = 3  # 2 lacks entities, labelled_share and validation, 1 chip_side, grey_range, views and ood as well
 
 
 def _is_text(x):
@@ -70,6 +70,7 @@ KEYS = {
     "grey": lambda x: _each(_is_positive)(x) and len(x) == 2,
     "data_root": _is_text,
     "entities": _is_text,
+    "labelled_share": lambda x: type(x) in (int, float) and 0 <= x <= 1,
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),

@@ -23,7 +23,7 @@ def make_checkpoint(tmp_path):
             "stage": "finetune", "sensor": "SAR", "settings": {}, "backbone": "test_resnet", "image_size": 40,
             "chip_side": 32, "classes": CLASSES, "class_ids": (0, 1, 3), "counts": (30, 20, 10),
             "scales": (1.0,), "views": tta_views((0, 90), (1.0, 1.25)), "grey_range": (0.0, 255.0), "grey": (0.4, 0.15),
-            "data_root": "nowhere", "entities": "", "val_fraction": 0.1,
+            "data_root": "nowhere", "entities": "", "labelled_share": 1.0, "val_fraction": 0.1,
         } | entries  # fmt: skip
         model = Classifier(checkpoint["backbone"], len(checkpoint["classes"]), checkpoint["image_size"])
         random, labels = np.random.default_rng(seed), np.repeat([0, 1, 2], [30, 20, 10])

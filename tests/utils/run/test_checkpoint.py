@@ -14,7 +14,7 @@ def checkpoint():
         "stage": "pretrain", "sensor": "EO", "settings": {"EPOCHS": 1, "SCALES": (1.0,)}, "image_size": 32,
         "backbone": "test_resnet", "chip_side": 30, "classes": ("a", "b"), "class_ids": (0, 1), "counts": (5, 3),
         "scales": (1.0,), "views": ((0, 1.0),), "grey_range": (0.0, 255.0), "grey": (0.4, 0.1), "data_root": "x",
-        "entities": "", "val_fraction": 0.1,
+        "entities": "", "labelled_share": 1.0, "val_fraction": 0.1,
         "ood": {}, "validation": {}, "model": Classifier("test_resnet", 2, 32).state_dict(),
     }  # fmt: skip
 
