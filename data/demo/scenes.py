@@ -12,9 +12,9 @@ from data.demo.simulator import SAR_PIXELS, Flight, eo_chip, eo_surface, new_sit
 
 import numpy as np
 
-FLIGHT_SHIFT = 1.0  # how much the flights differ from the survey: 0 = not at all
-DEPRESSION_SHIFT, GAIN_SHIFT, CLUTTER_SHIFT = -0.15, 0.1, 0.8  # radians, bels and dB at FLIGHT_SHIFT 1
-FLIGHT_SPREAD = 0.04  # radians, standard deviation of the depression angle over groups
+FLIGHT_SHIFT = 1.0  # how much the radar of the flights differs from that of the survey: 0 = not at all
+# The differences at FLIGHT_SHIFT 1: radians (mean and standard deviation over groups), bels and dB.
+DEPRESSION_SHIFT, GAIN_SHIFT, CLUTTER_SHIFT = (-0.15, 0.04), 0.1, 0.8
 EMPTY_SHARE = 2 / 826  # of the SAR chips, which are all zero; as in the real test set of 2022
 
 FRAMES = 40  # of the survey
@@ -154,7 +154,7 @@ def group_chips(rng, group, shift=FLIGHT_SHIFT):
     vehicle, site = individual(rng, group.kind), None
     standard = Flight()
     flight = Flight(
-        standard.depression + shift * DEPRESSION_SHIFT + rng.normal(0, FLIGHT_SPREAD),
+        standard.depression + shift * rng.normal(*DEPRESSION_SHIFT),
         standard.gain + shift * GAIN_SHIFT, standard.clutter + shift * CLUTTER_SHIFT,
     )  # fmt: skip
     moving = rng.random() < MOVING_GROUPS

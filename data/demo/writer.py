@@ -27,14 +27,14 @@ def write_demo(
 ):  # fmt: skip
     """Write the demo set in the layout of the 2024 release.
 
-    `entities.csv` names the individual that each training pair shows.
+    `entities.csv` names the individual that each training pair shows, to compare with what is found without it.
 
     Args:
         root: folder to create; it will hold train/, val/, test/ and entities.csv.
         seed: the same seed gives the same files, byte for byte.
         train_counts: class name -> number of training pairs; flights show these classes and all unknown kinds.
         val_scale, test_scale: chips of both sets, relative to the validation set of 2026.
-        flight_shift: how much their flights differ from the survey, 0 = not at all.
+        flight_shift: how much the radar of both differs from that of the survey, 0 = not at all.
         workers: number of processes; None = one for each core.
 
     Raises:
