@@ -34,7 +34,7 @@ WORK = 2e11  # multiplications of a class, as pairs of its chips times dimension
 LEAST = 40  # ... but never fewer dimensions than this
 RESIDUAL = 0.5  # correlation assumed between the parts of two chips that lie outside these dimensions
 MARGIN = 0.001  # below CORRELATION, for the rounding of the filter
-ROWS, COLUMNS_AT_ONCE, PAIRS_AT_ONCE = 1024, 4096, 2048  # of a block of pairs; it fits the processor's cache
+ROWS, COLUMNS_AT_ONCE, PAIRS_AT_ONCE = 512, 2048, 2048  # of a block of pairs; it fits the cache of a processor
 SAMPLE = 10_000  # chips that the dimensions are computed from
 KEPT = 16  # files of entities that a folder holds
 FORMAT = 1  # raise it when the same chips get other entities
@@ -133,11 +133,11 @@ def _kept(chips, labels, folder):
     constants = (FORMAT, CORRELATION, MAX_SIDE, WORK, LEAST, RESIDUAL, MARGIN, SAMPLE)
     key = hashlib.blake2b(f"{store_digest(chips)}{constants}".encode() + labels.tobytes(), digest_size=16)
     path = folder / f"entities-{key.hexdigest()}.npy"
+    if (entities := _load(path, labels.shape)) is not None:  # no lock, since the folder may be read-only
+        return entities
     with locked(folder / "lock"):
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            entities = np.load(path)
-            if entities.shape == labels.shape and entities.dtype == np.int64:
-                return entities
+        if (entities := _load(path, labels.shape)) is not None:  # another process may have made it in the meantime
+            return entities
         entities, temporary = discover(chips, labels), path.with_suffix(".part")
         with open(temporary, "wb") as file:
             np.save(file, entities)
@@ -148,6 +148,13 @@ def _kept(chips, labels, folder):
         for old in others[KEPT:]:
             old.unlink(missing_ok=True)
     return entities
+
+
+def _load(path, shape):
+    """The entities in a file, int64 of that shape; None if there is none or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        entities = np.load(path)
+        return entities if entities.shape == shape and entities.dtype == np.int64 else None
 
 
 def discover(chips, labels, workers=0):

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+from collections import Counter
 
 from data.augment import to_input, turn
 from data.entities import find_entities, split_pairs
@@ -149,6 +150,43 @@ def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tin
         assert truth.tolist() == labels[batch.indices].tolist()
         p = wanted.softmax(1).gather(1, truth[:, None])
         torch.testing.assert_close(loss, (-((1 - p) ** 3) * p.log()).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_demo, tmp_path, monkeypatch):
+    """All stages, also the baseline, hold out the same whole entities, though only the first is told of them."""
+    pairs = find_pairs(tiny_demo)
+    vehicles = [f"{label}_{index // 5}" for index, label in enumerate(pairs.labels)]
+    names = ["/".join(path[:-4].split("/")[-2:]) for path in pairs.eo]
+    listed, rows = tmp_path / "entities.csv", map(",".join, zip(names, vehicles, strict=True))
+    listed.write_text("\n".join(["chip,entity", *rows]))
+    splits = []
+
+    def capture(*arguments):
+        splits.append(split_pairs(*arguments))
+        return splits[-1]
+
+    monkeypatch.setattr("data.entities.split_pairs", capture)
+    teacher, student = (load(pipeline[0] / f"runs/{stage}/best.pt") for stage in ("pretrain", "sar_feature"))
+    torch.save(teacher | {"entities": str(listed)}, tmp_path / "teacher.pt")
+    torch.save(student | {"entities": str(listed)}, tmp_path / "student.pt")
+    root, by_entity = f"DATA_ROOT={tiny_demo}", ["BALANCE_ENTITIES=1", *PLAIN]
+    runs = [
+        captured("pretrain.py", root, f"ENTITIES={listed}", *by_entity),
+        captured("pretrain.py", root, f"ENTITIES={listed}", "SENSOR=SAR", *by_entity),
+        captured("sar_feature.py", f"TEACHER={tmp_path}/teacher.pt", *by_entity),
+        captured("finetune.py", f"STUDENT={tmp_path}/student.pt", "BALANCE_ENTITIES=1"),
+    ]
+    (train, held_out), *others = splits
+    assert len(held_out) and not {vehicles[i] for i in train} & {vehicles[i] for i in held_out}
+    for other in others:
+        assert other[0].tolist() == train.tolist() and other[1].tolist() == held_out.tolist()
+    for arguments in runs:
+        batches, contents = arguments[1], arguments[4]
+        assert len(batches.labels) == len(train) and contents["entities"] == str(listed)
+        # The sedan of which three chips are there is drawn as often as those of five.
+        drawn = train[np.concatenate([batches.draw(step)[0] for step in range(400)])]
+        counts = Counter(vehicles[i] for i in drawn if pairs.labels[i] == 0)
+        assert len(counts) > 5 and min(counts.values()) > 0.75 * max(counts.values())
 
 
 @pytest.mark.parametrize("cached", [True, False])
