@@ -11,10 +11,11 @@ from collections import Counter
 
 from data.augment import to_input, turn
 from data.entities import find_entities, split_pairs
-from data.layouts import find_pairs
-from data.sampler import BalancedStream
-from data.store import open_store
+from data.layouts import find_pairs, find_unlabelled
+from data.sampler import BalancedStream, choose_labelled
+from data.store import ChipStore, open_store
 from tests.conftest import ROOT, load, must, run_script, same
+from utils.predict.tta import predict
 from utils.run.checkpoint import build_model
 
 import numpy as np
@@ -206,12 +207,67 @@ def test_sar_feature_distils_the_teacher_in_the_same_view(pipeline, captured, ti
         wanted = student(by_hand(contents, sar[batch.indices], batch))
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
         taught = teacher(by_hand(source, eo[batch.indices], batch)).detach()
+        taught = taught + (0.5 - 1) * torch.tensor(source["counts"]).log()  # drawn with BALANCE=0.5 and 1
         log_q, log_p = (wanted / 3).log_softmax(1), (taught / 3).log_softmax(1)
         kl = 9 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
         p = wanted.softmax(1).gather(1, torch.from_numpy(labels[batch.indices])[:, None])
         focal = (-(1 - p) * p.log()).mean()
         torch.testing.assert_close(loss, 0.7 * kl + 0.4 * focal, atol=2e-3, rtol=2e-3)
         assert set(batch.host_views) - {0}
+
+
+def test_pairs_without_labels_teach_by_the_teacher_alone(pipeline, captured, tiny_demo, tmp_path):
+    cwd, _ = pipeline
+    shutil.copytree(tiny_demo, tmp_path / "data")
+    pairs = find_pairs(tiny_demo)
+    for side in ("EO", "SAR"):
+        (tmp_path / "data/unlabelled" / side).mkdir(parents=True)
+        for path in getattr(pairs, side.lower())[::9]:
+            shutil.copy(path, tmp_path / "data/unlabelled" / side)
+    root = f"DATA_ROOT={tmp_path / 'data'}"
+    learner, batches, _, _, contents = captured("sar_feature.py", root, "LABELLED_SHARE=0.5", "GAMMA=0", *PLAIN)
+    assert contents["labelled_share"] == 0.5
+    source = load(cwd / "runs/pretrain/best.pt")
+    _, labels = training_chips("sar", cwd, source, tiny_demo)
+    has_label = choose_labelled(labels, 0.5)
+    assert len(batches.labels) == len(labels) + len(pairs.eo[::9])
+    assert (batches.labels[: len(labels)][has_label] == labels[has_label]).all()
+    eo, _ = training_chips("eo", cwd, source, tiny_demo)
+    teacher = build_model(source)
+    seen = ChipStore(eo[~has_label], torch.device("cpu"))
+    seen = predict(teacher, seen, source["image_size"], source["grey"])[0].argmax(1).numpy()
+    assert (batches.labels[: len(labels)][~has_label] == seen).all()
+    has_label = np.concatenate((has_label, np.zeros(len(pairs.eo[::9]), bool)))
+    without_kl = captured("sar_feature.py", root, "LABELLED_SHARE=0.5", "GAMMA=0", "KL_WEIGHT=0", *PLAIN)[1]
+    assert without_kl.labels.tolist() == labels[has_label[: len(labels)]].tolist()
+    for batch in batches.between(0, 2):
+        loss, logits, truth = learner.modules.loss_of(batch)
+        kl = loss - F.cross_entropy(logits[has_label[batch.indices]], truth[has_label[batch.indices]])
+        assert kl.item() == pytest.approx(kl_by_hand(batch, learner, source, root, logits, cwd), abs=2e-3)
+
+
+def kl_by_hand(batch, learner, source, root, logits, cwd):
+    """The KL term of sar_feature.py at its default T on a batch, from EO files that are read again."""
+    data = root.removeprefix("DATA_ROOT=")
+    pairs = find_pairs(data)
+    train, _ = split_pairs(pairs, find_entities(pairs, cwd / "runs/chips"), source["val_fraction"])
+    paths = [pairs.eo[i] for i in train] + find_unlabelled(data)[0]
+    eo = np.array(open_store(paths, cwd / "runs/chips", side=source["chip_side"]))
+    taught = build_model(source)(by_hand(source, eo[batch.indices], batch))
+    taught = taught - 0.5 * torch.tensor(source["counts"]).log()
+    log_q, log_p = (logits / 2).log_softmax(1), (taught / 2).log_softmax(1)
+    return (4 * (log_p.exp() * (log_p - log_q)).sum(1).mean()).item()
+
+
+def test_the_head_is_trained_on_the_labels_that_the_student_had(pipeline, captured):
+    cwd, _ = pipeline
+    must(run_script("sar_feature.py", cwd, "EPOCHS=1", "LABELLED_SHARE=0.3", "OUT_DIR=share"))
+    everything = captured("finetune.py")[1]
+    some = captured("finetune.py", "STUDENT=share/best.pt")[1]
+    assert some.labels.tolist() == everything.labels[choose_labelled(everything.labels, 0.3)].tolist()
+    must(run_script("sar_feature.py", cwd, "EPOCHS=1", "LABELLED_SHARE=0", "OUT_DIR=none"))
+    refused = run_script("finetune.py", cwd, "STUDENT=none/best.pt")
+    assert refused.returncode == 1 and "results.py CHECKPOINT=none/best.pt" in refused.stderr
 
 
 def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_demo):

@@ -7,6 +7,7 @@ from data.layouts import (
     find_pairs,
     find_reference,
     find_test,
+    find_unlabelled,
     find_validation,
     image_ids,
     read_chips,
@@ -223,3 +224,21 @@ def test_image_ids():
     assert image_ids([Path("2S1_0001.png"), Path("other.png")]) == ["2S1_0001", "other"]
     assert image_ids([Path("SAR_1.png"), Path("EO_1.png")]) == ["SAR_1", "EO_1"]
     assert image_ids([Path("HB01001.006.png"), Path("a.b.npy")]) == ["HB01001.006", "a.b"]
+
+
+def test_pairs_without_labels(tmp_path):
+    assert find_unlabelled(tmp_path) == ([], [])
+    folder = tmp_path / "unlabelled"
+    (folder / "EO").mkdir(parents=True)
+    with pytest.raises(DataError, match="has no folder SAR"):
+        find_unlabelled(tmp_path)
+    (folder / "SAR").mkdir()
+    for name in ("b", "a"):
+        for side in ("EO", "SAR"):
+            Image.new("L", (8, 8)).save(folder / side / f"{name}.png")
+    eo, sar = find_unlabelled(tmp_path)
+    assert [Path(path).name for path in eo] == [Path(path).name for path in sar] == ["a.png", "b.png"]
+    assert all("/EO/" in path for path in eo) and all("/SAR/" in path for path in sar)
+    (folder / "EO" / "c.png").write_bytes((folder / "EO" / "a.png").read_bytes())
+    with pytest.raises(DataError, match="unlabelled: 1 EO chips without SAR .c."):
+        find_unlabelled(tmp_path)

@@ -7,6 +7,7 @@ from data.sampler import (
     WeightedStream,
     _ClassMembers,
     _shuffled,
+    choose_labelled,
     few_of_each,
     stratified_split,
 )
@@ -209,3 +210,12 @@ def test_draws_are_those_of_earlier_versions():
     for array in (*stratified_split(SHUFFLED, ALONE, 0.1), few_of_each(SHUFFLED, 50)):
         digest.update(array.astype("<i8").tobytes())
     assert digest.hexdigest() == "85e2dd414c6e3a042c456b5fe6f947dd15e8cc1f69d109c51e3612a84a9fa307"
+
+
+def test_the_labelled_share_keeps_every_class_and_grows_with_the_share():
+    labels = np.repeat([0, 1, 2, 4], [1000, 55, 4, 1])
+    tenth, quarter = choose_labelled(labels, 0.1), choose_labelled(labels, 0.25)
+    assert np.bincount(labels[tenth]).tolist() == [100, 6, 1, 0, 1]
+    assert np.bincount(labels[quarter]).tolist() == [250, 14, 1, 0, 1]
+    assert (quarter | ~tenth).all() and (tenth == choose_labelled(labels, 0.1)).all()
+    assert choose_labelled(labels, 1.0).all() and not choose_labelled(labels, 0.0).any()

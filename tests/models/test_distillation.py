@@ -1,4 +1,4 @@
-from models.distillation import distillation_loss
+from models.distillation import distillation_loss, match_prior
 
 import pytest
 import torch
@@ -44,3 +44,13 @@ def test_extreme_logits_stay_finite(dtype):
     loss = distillation_loss(student, torch.tensor([[-1e4, 1e4], [1e4, 0.0]], dtype=dtype), 2.0)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+def test_match_prior_turns_bayes_posteriors_of_one_draw_into_those_of_the_other():
+    likelihood = torch.rand(6, 4, generator=G, dtype=torch.float64)
+    counts = torch.tensor([1000.0, 100.0, 20.0, 5.0], dtype=torch.float64)
+    teacher = (likelihood * counts ** (1 - 0.5)).log()  # drawn with BALANCE=0.5
+    student = likelihood * counts ** (1 - 0.9)
+    matched = match_prior(teacher, counts.tolist(), 0.5, 0.9).softmax(1)
+    torch.testing.assert_close(matched, student / student.sum(1, keepdim=True))
+    assert torch.equal(match_prior(teacher, counts, 0.7, 0.7), teacher)

@@ -47,3 +47,19 @@ def test_easy_chips_get_less_weight(batch):
     easy, hard = (focal_loss(x[None], y[None], 2.0) for x, y in zip(logits, labels, strict=True))
     easy0, hard0 = (focal_loss(x[None], y[None], 0.0) for x, y in zip(logits, labels, strict=True))
     assert easy / hard < 0.01 * easy0 / hard0
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 0.5, 0.1, 3.0]).double()])
+def test_chips_that_do_not_count_change_nothing(batch, weights):
+    logits, labels = batch
+    logits.requires_grad_()
+    counted = torch.arange(32) % 3 == 0
+    loss = focal_loss(logits, labels, 2.0, weights, counted=counted)
+    torch.testing.assert_close(loss, focal_loss(logits[counted], labels[counted], 2.0, weights))
+    loss.backward()
+    assert (logits.grad[~counted] == 0).all() and (logits.grad[counted] != 0).any()
+    assert focal_loss(logits, labels, 2.0, weights, counted=torch.zeros(32, dtype=torch.bool)) == 0
+    # Two ranks with a common total give the mean over both.
+    halves = slice(16), slice(16, 32)
+    halves = [focal_loss(logits[i], labels[i], 2.0, None, counted.sum() / 2, counted[i]) for i in halves]
+    torch.testing.assert_close(sum(halves) / 2, focal_loss(logits, labels, 2.0, counted=counted))
