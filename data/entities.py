@@ -173,7 +173,7 @@ def discover(chips, labels, workers=0):
         entity of its own.
     """
     entities = np.arange(len(labels))
-    with tqdm(total=len(labels), desc="entities", unit=" chips") as bar, threadpool_limits(1):
+    with tqdm(total=len(labels), desc="entities", unit=" chips", disable=None) as bar, threadpool_limits(1):
         for label in np.unique(labels):
             members = np.flatnonzero(labels == label)
             links = _Links(_reduced(chips, members))
