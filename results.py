@@ -44,7 +44,7 @@ VOTE = "mixture"  # believes a cluster as far as its chips agree; of one winner:
 VOTE_MIN_SHARE = 0.0  # of one winner: a cluster whose winner has a smaller share of the vote keeps its labels
 OOD_SCORE = ""  # a name in utils/predict/ood.py; empty: "gaussian_energy", or "energy" if it was not fitted
 OOD_TEMPERATURE = 1.0  # T of the scores that have one
-CLUSTER_SCORE = "features"  # score of a cluster's mean "features"; its "mean" score; "none": each chip's
+CLUSTER_SCORE = "mean"  # "mean" score of a cluster; score of its mean "features"; "none": each chip's own
 REPORT = True  # True writes report.html, with pictures of the prediction
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1"
 CHIP_MEMORY_GB = 0.0  # GiB of the device's memory for chips, else the host's or the disk; 0 = half the free

@@ -299,7 +299,7 @@ CASES = [
     bad("entities in UTF-16", lambda: Path("entities.csv").write_text("chip,entity\n", "utf-16"), LISTED,
         "entities.csv is no CSV in UTF-8"),
     bad("the teacher's ENTITIES", [entities(["bus/0,a"]), ran(f"{LISTED} OUT_DIR=x"), remove("entities.csv")],
-        "sar_feature.py TEACHER=x/best.pt", "ENTITIES entities.csv is not a file"),
+        "sar_feature.py TEACHER=x/best.pt", "in the checkpoint x/best.pt, ENTITIES entities.csv, is not a file"),
 
     # Files of chips
     bad("zero bytes, cut off, no image",
@@ -353,7 +353,8 @@ CASES = [
     good("a name that is no text", lambda: chip(os.fsdecode(b"data/test/\xff109.png"))() or os.unlink(TEST),
         "results.py", "9 chips", lambda: b"\n\xff109," in Path("runs/results/results.csv").read_bytes()),
     good("a number beyond 64 bits", only("1.png", "9" * 40 + ".png"), "results.py", "2 chips"),
-    bad("no number", only("a.png", "b².png"), "results.py", "'a.png' has no number in its name"),
+    bad("no number", only("a.png", "b².png"), "results.py CLUSTER_BY=both", "'a.png' has no number in its name"),
+    good("no number, auto", only("a.png", "b².png"), "results.py", "auto: features; some file names hold no number"),
     good("digits that are none", only("1²2.png", "٣.png"), "results.py CLUSTER_BY=features", "2 chips"),
     bad("no TEST_DIR", None, "results.py TEST_DIR=nowhere", "there is no folder of chips nowhere"),
     bad("no test folder", remove("data/test"), "results.py", "no folder test or test_images; set TEST_DIR"),

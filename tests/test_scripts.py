@@ -354,7 +354,7 @@ def test_another_student_with_feature_distillation(pipeline):
 
 
 @pytest.mark.parametrize("settings", [
-    ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=mean"],
+    ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=features"],
     ["CLUSTER_BY=sequence", "OOD_SCORE=energy", "CLUSTER_SCORE=none", "VOTE_MIN_SHARE=0.6"],
     ["CLUSTER_BY=none", "TTA=False"],
 ])  # fmt: skip
@@ -374,7 +374,7 @@ def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, 
         sorted((tiny_demo / "test").glob("*.png")), ("a.png", "b.png", "c d.png"), strict=False
     ):
         shutil.copy(source, tmp_path / name)
-    process = run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed")
+    process = run_script("results.py", cwd, f"TEST_DIR={tmp_path}", "OUT_DIR=unnamed", "CLUSTER_BY=both")
     assert process.returncode == 1 and "has no number in its name" in process.stderr
     settings = ["OUT_DIR=unnamed", "CLUSTER_BY=features", "REPORT=False"]
     must(run_script("results.py", cwd, f"TEST_DIR={tmp_path}", *settings))

@@ -19,6 +19,7 @@ EMPTY_SHARE = 2 / 826  # of the SAR chips, which are all zero; as in the real te
 
 FRAMES = 40  # of the survey
 PAIRS_EACH = 30  # show one parked individual, at most
+RAREST = 3  # individuals that a class has at least
 MOVING_SHARE, MOVING_FRAMES = 0.03, 4  # of the pairs, which show vehicles that move; each is in so many frames
 LOOK_STEP = 0.44  # radians that the radar circles from frame to frame
 SUN = 0.9, 1.3  # at the first and the last frame: metres that a ray falls per metre of ground
@@ -74,7 +75,7 @@ def plan_survey(rng, train_counts):
     for kind, count in train_counts.items():
         moving = int(MOVING_SHARE * count) // MOVING_FRAMES
         parked = count - moving * MOVING_FRAMES
-        individuals = min(parked, max(2, -(-count // PAIRS_EACH)))
+        individuals = min(parked, max(RAREST, -(-count // PAIRS_EACH)))
         sizes = [len(part) for part in np.array_split(range(parked), individuals)] + [MOVING_FRAMES] * moving
         for i, size in enumerate(sizes):
             first = int(rng.integers(FRAMES - size + 1))

@@ -100,8 +100,8 @@ def choose_clustering(by, names, sequence_gap=100):
     Raises:
         SettingError: sequences are asked for, and a name has no number.
     """
-    if by not in ("auto", "sequence", "both") or len(names) < 2:
-        return by
+    if by in ("features", "none") or len(names) < 2:
+        return "none" if by == "auto" else by
     if by == "auto":
         reason = _no_tracks(names, sequence_gap)
         chosen = "features" if reason else "both"

@@ -54,7 +54,7 @@ class PipelineSettings:
     sequence_gap: int = 100
     vote: str = "mixture"
     vote_min_share: float = 0.0
-    cluster_score: str = "features"
+    cluster_score: str = "mean"
 
 
 class Result(NamedTuple):

@@ -123,7 +123,7 @@ def test_training_chips_come_in_pairs_and_entities_names_the_individual_of_each(
     assert entity.keys() == {Path(path).stem for path in pairs.eo} and len(rows) == len(entity)
     names = [entity[Path(path).stem] for path in pairs.eo]
     of_class = [set(np.array(names)[pairs.labels == label]) for label in range(2)]
-    assert [len(names) for names in of_class] == [2, 2] and not of_class[0] & of_class[1]
+    assert [len(names) for names in of_class] == [3, 3] and not of_class[0] & of_class[1]
 
 
 @pytest.mark.parametrize("reference", ["val/validation_reference.csv", "test/test_reference.csv"])

@@ -75,9 +75,10 @@ def test_the_mixture_vote_is_calibrated_on_the_validation_chips_of_the_checkpoin
 
 def test_the_cluster_score_follows_the_belief_in_the_clusters(monkeypatch):
     output, settings = member(0), PipelineSettings("gaussian_energy", cluster_by="sequence")
-    for belief, same in ((0.0, "none"), (1.0, "features")):
+    for belief, form, same in ((0.0, "mean", "none"), (0.0, "features", "none"), (1.0, "mean", "mean"),
+                               (1.0, "features", "features")):  # fmt: skip
         monkeypatch.setattr("utils.predict.pipeline.belief_in_clusters", lambda *_, s=belief: s)
-        mixed = run_pipeline([output], NAMES, settings)
+        mixed = run_pipeline([output], NAMES, replace(settings, cluster_score=form))
         plain = run_pipeline([output], NAMES, replace(settings, vote="product", cluster_score=same))
         np.testing.assert_allclose(mixed.confidence, plain.confidence, rtol=1e-5)
 
