@@ -91,11 +91,11 @@ def must(process):
 
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory):
-    """A demo set of 90 pairs, with 50 validation and 100 test chips."""
+    """A demo set of 90 pairs, with 57 validation and 71 test chips."""
     from data.demo import write_demo
 
     root = tmp_path_factory.mktemp("data") / "demo"
-    write_demo(root, train_counts=TINY, val_scale=0.05, test_scale=0.1)
+    write_demo(root, train_counts=TINY, val_scale=0.04, test_scale=0.05)
     return root
 
 

@@ -259,6 +259,7 @@ def kl_by_hand(batch, learner, source, root, logits, cwd):
     return (4 * (log_p.exp() * (log_p - log_q)).sum(1).mean()).item()
 
 
+@pytest.mark.slow
 def test_the_head_is_trained_on_the_labels_that_the_student_had(pipeline, captured):
     cwd, _ = pipeline
     must(run_script("sar_feature.py", cwd, "EPOCHS=1", "LABELLED_SHARE=0.3", "OUT_DIR=share"))
