@@ -147,7 +147,7 @@ def belief_in_clusters(outputs, logits, features, names, settings, clusters):
 
     Clusters by features are believed as far as those of the labelled chips in the checkpoints deserve it, and
     not at all without such chips, because chips with alike features have alike predictions, right or wrong. Clusters
-    by numbers are believed as far as the chips' predictions agree, beyond what they do with shuffled numbers.
+    by numbers are believed as far as the chips' predictions agree, beyond the most that they do with shuffled numbers.
 
     Args:
         outputs, names, settings: of `run_pipeline`.
@@ -165,7 +165,7 @@ def belief_in_clusters(outputs, logits, features, names, settings, clusters):
         shuffled = random.permutation(names)
         shuffled = cluster_chips(features, shuffled, settings.cluster_by, sequence_gap=settings.sequence_gap)
         by_chance.append(estimate_belief(logits, shuffled))
-    chance = min(np.mean(by_chance), 0.99)
+    chance = min(max(by_chance), 0.99)
     return max(0.0, (estimate_belief(logits, clusters) - chance) / (1 - chance))
 
 
