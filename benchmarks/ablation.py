@@ -1,15 +1,17 @@
-"""The effect of each part of the method: mean and standard deviation over seeds, on any data root.
+"""The effect of each part of the method, with intervals: which step pays, on any data root.
 
-python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2]
+python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2] [ROWS=]
 
 Trains the networks that the rows need. Every SAR network takes the same number of optimizer steps and
 starts from the same seed, and each row differs from the scripts' defaults only in what its name says.
-Started again, it goes on after the groups that are finished. Prints Markdown tables and writes them into
-OUT_DIR, with the scores of every seed (ablation.csv) and a picture (ablation.png).
+Each row is compared with another one, chip by chip and seed by seed: the difference stands with its 95 %
+interval, of a bootstrap over the objects of the test and over the seeds. Started again, it goes on after the
+groups that are finished. Prints Markdown tables and writes them into OUT_DIR, with the scores of every seed
+(ablation.csv) and a picture (ablation.png).
 """
 
+import contextlib
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -24,13 +26,14 @@ import sar_feature
 from data.demo import ensure_demo
 from data.layouts import find_pairs, find_test, read_chips
 from data.store import ChipStore, open_store
-from utils.predict.clusters import choose_clustering
+from utils.predict.clusters import choose_clustering, cluster_chips
 from utils.predict.members import load_members
 from utils.predict.ood import DEFAULT, NO_FIT, SCORES, log_densities
 from utils.predict.pipeline import PipelineSettings, run_pipeline
 from utils.predict.tta import IDENTITY, tta_views
 from utils.predict.vote import HOW
 from utils.report.metrics import scores
+from utils.run.files import atomic_file
 from utils.run.settings import read_settings
 from utils.run.start import run as run_script
 
@@ -54,6 +57,7 @@ ROWS = ()  # first words of the groups to measure; empty: all
 root = Path(__file__).resolve().parents[1]
 columns = ("accuracy", "mean per-class accuracy", "AUROC", "total")
 turns = (0, 90, 180, 270)  # degrees
+resamples = 1000  # of the bootstrap
 
 # What results.py does by default; the same with the energy of each chip's logits; and that without the vote.
 complete = PipelineSettings(
@@ -75,6 +79,10 @@ networks = {
     "as_they_are": ("sar_feature.py", "BALANCE=0"),
     "half": ("sar_feature.py", "BALANCE=0.5"),
     "no_kl": ("sar_feature.py", "KL_WEIGHT=0"),
+    "prior_not_matched": ("sar_feature.py", "MATCH_PRIOR=False"),
+    "tenth": ("sar_feature.py", "LABELLED_SHARE=0.1"),
+    # Ten epochs of a tenth of the pairs are as many steps as one epoch of all.
+    "tenth_no_kl": ("sar_feature.py", "LABELLED_SHARE=0.1", "KL_WEIGHT=0", f"EPOCHS={10 * sar_feature.EPOCHS}"),
     "kl_alone": ("sar_feature.py", "LABEL_WEIGHT=0"),
     "kl_on_features": ("sar_feature.py", "FEATURE_WEIGHT=1"),
     "kl_on_features_alone": ("sar_feature.py", "KL_WEIGHT=0", "FEATURE_WEIGHT=1"),
@@ -94,17 +102,29 @@ def main():
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // JOBS))
     with ThreadPoolExecutor(JOBS) as pool:
         measured = list(pool.map(one_seed, SEEDS))
-    text, picture = [f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}.\n"], []
+    experiment = Experiment(Path(OUT_DIR), 0)
+    weights = experiment.resampled_weights()
+    known = int((~experiment.truth.ood).sum())
+    text, picture = [
+        f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}; {len(experiment.names)} test chips of "
+        f"{len(np.unique(experiment.objects))} objects, {known} of them known.\n"
+    ], []
     with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "row", "seed", *columns])
         for group, rows in measured[0].items():
-            text += [f"| {group} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+            heads = [*columns, "compared with", "difference of accuracy", "difference of total"]
+            text += [f"| {group} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+            resampled = {}
             for name in rows:
-                values = np.array([[one[group][name][c] for c in columns] for one in measured], float)
+                answers = [one[group][name] for one in measured]
+                values = np.array([experiment.scores(*answer) for answer in answers])
                 writer.writerows([group, name, seed, *row] for seed, row in zip(SEEDS, values, strict=True))
                 mean, spread = values.mean(0), values.std(0, ddof=int(len(SEEDS) > 1))
-                cells = (f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
+                cells = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True)]
+                resampled[name] = values, np.array([experiment.resampled(*answer, weights) for answer in answers])
+                other = list(resampled)[-2 if group in each_adds_to_the_one_above else 0] if len(resampled) > 1 else ""
+                cells += [other, *differences(resampled[name], resampled[other])] if other else ["", "", ""]
                 text.append(f"| {name} | {' | '.join(cells)} |")
                 picture.append((group, name, mean, spread))
             text.append("")
@@ -113,22 +133,44 @@ def main():
     print("\n".join(text))
 
 
+def differences(row, other):
+    """Differences of accuracy and of total between two rows, each with its 95 % interval, in words.
+
+    row, other: (scores [seeds, columns], (accuracy, total) of each resample [seeds, 2, resamples]).
+    """
+    seeds = np.random.default_rng(1).integers(len(SEEDS), size=(len(SEEDS), resamples))
+    cells = []
+    for which, column in enumerate(("accuracy", "total")):
+        difference = (row[0] - other[0])[:, columns.index(column)].mean()
+        drawn = np.take_along_axis(row[1][:, which] - other[1][:, which], seeds, 0).mean(0)
+        low, high = np.nanquantile(drawn, (0.025, 0.975))
+        cells.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
+    return cells
+
+
 def one_seed(seed):
-    """{group: {row: {column: score}}} of one seed."""
-    out = Path(OUT_DIR, f"seed{seed}")
-    finished = out / "scores.json"
-    measured = json.loads(finished.read_text()) if finished.exists() else {}
+    """{group: {row: (labels [N], confidence [N])}} of one seed."""
+    out, measured = Path(OUT_DIR, f"seed{seed}"), {}
     experiment = Experiment(out, seed)
-    for group, measure in groups.items():
-        if group not in measured and (not ROWS or group.startswith(tuple(ROWS))):
-            measured[group] = measure(experiment)
+    for number, (group, measure) in enumerate(groups.items()):
+        if ROWS and not group.startswith(tuple(ROWS)):
+            continue
+        finished = out / f"group{number}.npz"
+        if not finished.exists():
+            rows = measure(experiment)
             out.mkdir(parents=True, exist_ok=True)
-            finished.write_text(json.dumps(measured, indent=1))
+            arrays = {f"{name}|l": labels for name, (labels, _) in rows.items()}
+            arrays |= {f"{name}|c": confidence for name, (_, confidence) in rows.items()}
+            with atomic_file(finished, "wb") as file:
+                np.savez_compressed(file, **arrays)
+        with np.load(finished) as arrays:
+            names = dict.fromkeys(key[:-2] for key in arrays)
+            measured[group] = {name: (arrays[f"{name}|l"], arrays[f"{name}|c"]) for name in names}
     return measured
 
 
 class Experiment:
-    """The networks of one seed and the labelled test chips.
+    """The networks of one seed and the labelled test chips. Its rows are (labels [N], confidence [N]).
 
     Args:
         out: folder of the networks.
@@ -140,6 +182,9 @@ class Experiment:
         self.out, self.seed, self.outputs = out, seed, {}
         self.paths, self.truth = read_chips(folder, pairs.classes, pairs.class_ids)
         self.names = [path.name for path in self.paths]
+        with contextlib.redirect_stdout(None):
+            numbered = choose_clustering("sequence", self.names)
+        self.objects = cluster_chips(np.zeros((len(self.names), 1)), self.names, numbered)
 
     def output(self, network, views=None):
         """`Output` of a network for the test chips; views: None = those of its checkpoint."""
@@ -151,18 +196,42 @@ class Experiment:
         return self.outputs[network, views]
 
     def score(self, output, settings=complete):
-        """{column: score} of `run_pipeline`."""
+        """The answer of `run_pipeline`."""
         cluster_by = choose_clustering(settings.cluster_by, self.names, settings.sequence_gap)
         result = run_pipeline([output], self.names, replace(settings, cluster_by=cluster_by))
-        values = scores(result.labels, result.confidence, self.truth.labels, self.truth.ood)
-        return {column: values[column] for column in columns}
+        return result.labels, result.confidence
+
+    def scores(self, labels, confidence):
+        """The columns' scores of an answer, a list."""
+        values = scores(labels, confidence, self.truth.labels, self.truth.ood)
+        return [values[column] for column in columns]
+
+    def resampled_weights(self):
+        """How often each chip occurs in each resample of the objects, [resamples, N]."""
+        random, count = np.random.default_rng(0), self.objects.max() + 1
+        return random.multinomial(count, np.full(count, 1 / count), size=resamples)[:, self.objects]
+
+    def resampled(self, labels, confidence, weights):
+        """(accuracy, total) of an answer in each resample, [2, resamples]."""
+        known = ~self.truth.ood
+        accuracy = weights[:, known] @ (labels == self.truth.labels)[known] / weights[:, known].sum(1)
+        order = np.argsort(confidence)
+        ties = np.flatnonzero(np.diff(confidence[order], prepend=-np.inf))
+        of_known, of_unknown = (np.add.reduceat(weights[:, order] * x[order], ties, axis=1) for x in (known, ~known))
+        below = np.cumsum(of_unknown, axis=1) - of_unknown / 2
+        if known.all():
+            return np.stack((accuracy, accuracy))
+        area = (of_known * below).sum(1) / (of_known.sum(1) * of_unknown.sum(1))
+        return np.stack((accuracy, 0.75 * accuracy + 0.25 * area))
 
     def one_view(self, network):
         """The scores of a network that predicts each chip from one view, without a vote."""
         return self.score(self.output(network, IDENTITY), no_vote)
 
 
-# The groups. Each takes an Experiment and returns {row: {column: score}}.
+# The groups. Each takes an Experiment and returns {row: (labels, confidence)}. A row is compared with the first
+# one of its group, or here with the one above it:
+each_adds_to_the_one_above = {"step by step"}
 
 
 def step_by_step(experiment):
@@ -175,7 +244,7 @@ def step_by_step(experiment):
         "+ test-time augmentation": experiment.score(head, no_vote),
         "+ cluster vote": experiment.score(head, with_vote),
         "+ energy on Gaussian features": experiment.score(head, replace(complete, cluster_score="none")),
-        "+ of the cluster (all of results.py)": experiment.score(head),
+        "+ mean of the cluster (all of results.py)": experiment.score(head),
     }
 
 
@@ -273,6 +342,10 @@ groups = {
     "from EO to SAR (one view)": in_one_view({
         "SAR from scratch": SCRATCH, "from the EO weights, no KL": "no_kl", "KL alone": "kl_alone",
         "KL and labels": STUDENT, "KL on features too": "kl_on_features",
+    }),
+    "labels (one view)": in_one_view({
+        "a tenth of the labels, no KL": "tenth_no_kl", "a tenth of the labels, KL on all pairs": "tenth",
+        "all labels, no KL": "no_kl", "all labels, KL": STUDENT, "KL, prior not matched": "prior_not_matched",
     }),
     "head (one view)": heads,
     "views": views,
