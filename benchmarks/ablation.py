@@ -1,6 +1,6 @@
 """The effect of each part of the method, with intervals: which step pays, on any data root.
 
-python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [EPOCHS=0] [SEEDS=0,1,2] [ROWS=]
+python benchmarks/ablation.py [DATA_ROOT=datasets/demo] [TEST_DIR=] [TRAIN_EPOCHS=0] [SEEDS=0,1,2] [ROWS=]
 
 Trains the networks that the rows need. Every SAR network takes the same number of optimizer steps and
 starts from the same seed, and each row differs from the scripts' defaults only in what its name says.
@@ -47,7 +47,7 @@ import torch
 DATA_ROOT = "datasets/demo"  # folder of the data set
 TEST_DIR = ""  # labelled chips to predict; empty: the data set's test folder
 BACKBONE = "test_resnet"  # of all networks
-EPOCHS = 0  # of the EO and of each SAR network; 0 = the scripts' defaults
+TRAIN_EPOCHS = 0  # of the EO and of each SAR network; 0 = the scripts' defaults
 SEEDS = (0, 1, 2)  # all networks are trained once for each
 JOBS = 2  # seeds that run at the same time, each on its share of the cores
 OUT_DIR = "runs/ablation"  # one folder for each seed, and the tables
@@ -362,10 +362,10 @@ def trained(out, seed, name):
     """best.pt of a network; if it is not there, a process of its own trains it first."""
     script, *settings = networks[name]
     settings += [f"SEED={seed}", f"OUT_DIR={out / name}", f"STORE_DIR={Path(OUT_DIR, 'chips')}"]
-    epochs = [f"EPOCHS={EPOCHS}"] if EPOCHS else []
+    epochs = [f"EPOCHS={TRAIN_EPOCHS}"] if TRAIN_EPOCHS else []
     if script == "pretrain.py":
         # A SAR network without a teacher takes as many optimizer steps as a distilled one.
-        sar = "SENSOR=SAR" in settings and not EPOCHS
+        sar = "SENSOR=SAR" in settings and not TRAIN_EPOCHS
         epochs = [f"EPOCHS={sar_feature.EPOCHS}"] if sar else epochs
         settings += [f"DATA_ROOT={DATA_ROOT}", f"BACKBONE={BACKBONE}", *epochs]
     elif script == "sar_feature.py":
