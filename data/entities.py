@@ -111,10 +111,19 @@ def _names(pairs):
 
 
 def split_pairs(pairs, entities, fraction, *excluded):
-    """`data.sampler.stratified_split` of the pairs; prints which classes cannot be validated on pairs."""
+    """`data.sampler.stratified_split` of the pairs; prints which classes cannot be validated on pairs.
+
+    If no class shows two entities, single pairs are held out.
+    """
     of_entity = pairs.labels[np.unique(entities, return_index=True)[1]]  # the class of each entity
     single = np.bincount(of_entity, minlength=len(pairs.classes)) == 1
-    if single.any():
+    if single.all():
+        print(
+            "each class shows one entity, so pairs are held out chip by chip: validation on pairs sees the objects of "
+            "training, and flatters"
+        )
+        entities = np.arange(len(entities))
+    elif single.any():
         names = named(pairs.classes[label] for label in np.flatnonzero(single))
         print(f"classes of one entity keep it for training, so that they cannot be validated on pairs: {names}")
     return stratified_split(pairs.labels, entities, fraction, *excluded)

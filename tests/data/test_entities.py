@@ -221,3 +221,10 @@ def test_a_class_of_one_entity_is_named_and_trains(root, capsys):
     assert set(range(7)) <= set(train) and len(held_out) and not set(entities[train]) & set(entities[held_out])
     split_pairs(pairs, np.arange(14), 0.3)
     assert not capsys.readouterr().out
+
+
+def test_without_a_class_of_two_entities_single_pairs_are_held_out(root, capsys):
+    pairs = find_pairs(root / "data")
+    train, held_out = split_pairs(pairs, np.repeat([0, 1], 7), 0.3)
+    assert "pairs are held out chip by chip" in capsys.readouterr().out
+    assert np.bincount(pairs.labels[held_out]).tolist() == [2, 2] and len(train) == 10

@@ -25,10 +25,7 @@ class Validation:
 
     def __init__(self, store, labels, image_size, grey, views=IDENTITY):
         if not len(labels):
-            raise DataError(
-                "no class has chips of two entities, so none is left to validate on; add chips of other objects, or "
-                "list in ENTITIES which chips show the same one"
-            )
+            raise DataError("no class has two chips, so none is left to validate on; add chips")
         self.store, self.labels, self.image_size, self.grey = store, labels, image_size, grey
         self.views, self.frozen_features = views, None
 
