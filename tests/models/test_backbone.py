@@ -231,3 +231,21 @@ def test_hub_weights_without_network_say_how_to_get_a_file(monkeypatch):
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", no_network)
     with pytest.raises(BackboneError, match="WEIGHTS=resnet18.pt"):
         Classifier("resnet18", 10, 64, "timm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="older versions of torch compile for each size")
+def test_three_training_sizes_compile_twice():
+    """For the first size, then once for any size."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    model = Classifier("test_resnet", 3, 56)
+    model.backbone.compile(backend=backend)
+    for size in (49, 56, 63, 49, 56):
+        model.backbone(torch.rand(4, 1, size, size)).sum().backward()
+    assert len(graphs) == 2
