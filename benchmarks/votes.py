@@ -6,6 +6,7 @@ Prints a Markdown table of accuracy / AUROC. Rows: the file names as they are; "
 with the frames of two sequences in five mixed; "shuffled", numbers that say nothing. The networks run once.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def main():
     }.items():
         cells = []
         for cluster_by, vote, cluster_score in columns.values():
-            cluster_by = choose_clustering(cluster_by, renamed)
+            with contextlib.redirect_stdout(None):  # its sentence would stand in the table
+                cluster_by = choose_clustering(cluster_by, renamed)
             settings = PipelineSettings(score, cluster_by=cluster_by, vote=vote, cluster_score=cluster_score)
             result = run_pipeline([output], renamed, settings)
             values = scores(result.labels, result.confidence, truth.labels, truth.ood)
