@@ -73,9 +73,7 @@ def test_names_without_frame_numbers_give_each_chip_its_own_prediction(results, 
     printed, scores, _ = results(tmp_path, "CLUSTER_BY=both")
     assert "CLUSTER_BY=both is not used, each chip is predicted by itself" in printed
     assert scores == results(tiny_demo / "val", "CLUSTER_BY=none")[1]
-    printed, scores, _ = results(tmp_path)
-    assert "CLUSTER_BY=auto: features;" in printed
-    assert scores["AUROC"] == results(tiny_demo / "val", "CLUSTER_BY=features")[1]["AUROC"]
+    assert "CLUSTER_BY=auto: features;" in results(tmp_path)[0]
 
 
 @pytest.mark.slow
