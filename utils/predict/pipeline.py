@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from utils.predict.clusters import cluster_chips
+from utils.predict.clusters import chip_numbers, cluster_chips
 from utils.predict.ood import SCORES, cluster_mean
 from utils.predict.vote import estimate_belief, fit_temperature, measure_belief, vote
 
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 4096  # chips scored at a time, to bound the memory of a score
-SHUFFLES = 5  # of the numbers of few chips; of many chips one is enough
+SHUFFLES = 5  # of the numbers of FEW chips; of more chips one is enough
+FEW = 1000
 
 
 class Output(NamedTuple):
@@ -160,13 +161,19 @@ def belief_in_clusters(outputs, logits, features, names, settings, clusters):
         logits, features, labels = validation
         clusters = cluster_chips(features, np.arange(len(labels)), "features")
         return measure_belief(logits / fit_temperature(logits, labels), clusters, labels)
+    belief = estimate_belief(logits, clusters)
+    if not belief:
+        return 0.0
+    # Of many chips the first ones along the numbers are enough.
+    chips = np.argsort(chip_numbers(names), kind="stable")[:CHUNK]
+    names, logits, features = np.asarray(names)[chips], logits[chips], features[chips]
     random, by_chance = np.random.default_rng(0), []
-    for _ in range(min(SHUFFLES, 1 + CHUNK // max(len(names), 1))):
+    for _ in range(SHUFFLES if len(chips) <= FEW else 1):
         shuffled = random.permutation(names)
         shuffled = cluster_chips(features, shuffled, settings.cluster_by, sequence_gap=settings.sequence_gap)
         by_chance.append(estimate_belief(logits, shuffled))
     chance = min(max(by_chance), 0.99)
-    return max(0.0, (estimate_belief(logits, clusters) - chance) / (1 - chance))
+    return max(0.0, (belief - chance) / (1 - chance))
 
 
 def ood_confidence(outputs, score_name, temperature=1.0):
