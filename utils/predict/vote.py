@@ -15,6 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
 
 BELIEFS = np.linspace(0, 1, 101)  # values of s that are compared
+GAIN = 3.0  # in log likelihood over s = 0, from which s is believed: 20 times as likely
 LEAST = -30.0  # log probability below which a chip does not count further against a class
 PRIOR_ROUNDS = 100  # of `estimate_prior`
 TEMPERATURES = 0.1, 10.0  # limits of T
@@ -99,6 +100,8 @@ def _log_probabilities(logits):
 def estimate_belief(logits, clusters):
     """The s of `mixture_vote` with the highest likelihood over all clusters of two chips or more; 0 without any.
 
+    0 also if that likelihood is not clearly higher than that of s = 0, as with predictions that say little.
+
     Here "any object" is one of the classes as often as they occur (`estimate_prior`), so that many chips which
     look like the most frequent class are no sign that the clusters hold.
 
@@ -112,19 +115,24 @@ def estimate_belief(logits, clusters):
     prior = estimate_prior(np.exp(log_p))
     log_ratio = log_p - logsumexp(log_p, axis=1, b=prior, keepdims=True)
     totals = (_evidence(log_ratio, clusters, belief)[1][several] for belief in BELIEFS)
-    likelihoods = [logsumexp(total, axis=1, b=prior).sum() for total in totals]
-    return float(BELIEFS[np.argmax(likelihoods)])
+    return _best([logsumexp(total, axis=1, b=prior).sum() for total in totals])
+
+
+def _best(log_likelihoods):
+    """The entry of BELIEFS with the highest log likelihood; 0 if it is not GAIN above that of 0."""
+    best = np.argmax(log_likelihoods)
+    return float(BELIEFS[best]) if log_likelihoods[best] - log_likelihoods[0] > GAIN else 0.0
 
 
 def measure_belief(logits, clusters, labels):
-    """The s of `mixture_vote` with which the labels of labelled chips have the highest probability.
+    """The s of `mixture_vote` with which the labels of labelled chips have the highest probability; 0 as above.
 
     Args:
         logits: float [N, C], calibrated; clusters: int [N], 0..K-1; labels: int [N].
     """
     chips = np.arange(len(labels))
-    fits = [np.log(_posterior(logits, clusters, belief)[0][chips, labels]).mean() for belief in BELIEFS]
-    return float(BELIEFS[np.argmax(fits)])
+    posteriors = (_posterior(logits, clusters, belief)[0] for belief in BELIEFS)
+    return _best([np.log(posterior[chips, labels]).sum() for posterior in posteriors])
 
 
 def estimate_prior(p):

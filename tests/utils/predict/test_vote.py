@@ -170,3 +170,12 @@ def test_single_chips_keep_their_labels():
     logits = np.random.default_rng(7).normal(size=(50, 4))
     voted = vote(logits, np.arange(50))
     assert voted.labels.tolist() == logits.argmax(1).tolist() and voted.belief == 0
+
+
+def test_predictions_that_say_little_are_no_reason_to_believe_a_cluster():
+    rng = np.random.default_rng(9)
+    clusters = np.repeat(np.arange(150), 4)
+    classes = rng.integers(0, 10, 150)[clusters]
+    logits = simulated(rng, classes, 0.7)  # a fifth of the labels is right
+    assert estimate_belief(logits, clusters) > 0.6
+    assert [estimate_belief(logits, rng.permutation(clusters)) for _ in range(5)] == [0.0] * 5
