@@ -98,10 +98,11 @@ def run_pipeline(outputs, names, settings):
     logits = _mean_logits([output.logits for output in outputs])
     features, host_logits = _joint_features([output.features for output in outputs]), logits.cpu().numpy()
     clusters = cluster_chips(features, names, settings.cluster_by, settings.clusters, settings.sequence_gap)
-    belief = None
-    if settings.vote == "mixture":
-        host_logits = host_logits / calibration_temperature(outputs)
-        belief = belief_in_clusters(outputs, host_logits, features, names, settings, clusters)
+    belief = 0.0
+    if settings.vote == "mixture" and settings.cluster_by != "none":
+        validation = _validation(outputs)
+        host_logits = host_logits / _temperature(validation)
+        belief = belief_in_clusters(validation, host_logits, features, names, settings, clusters)
     voted = vote(host_logits, clusters, settings.vote, settings.vote_min_share, belief)
     own = confidence = ood_confidence(outputs, settings.ood_score, settings.temperature).cpu().numpy()
     if settings.cluster_score == "mean":
@@ -139,11 +140,14 @@ def _validation(outputs):
 
 def calibration_temperature(outputs):
     """`fit_temperature` on the labelled chips in the checkpoints; 1.0 without any."""
-    validation = _validation(outputs)
+    return _temperature(_validation(outputs))
+
+
+def _temperature(validation):
     return fit_temperature(validation[0], validation[2]) if validation else 1.0
 
 
-def belief_in_clusters(outputs, logits, features, names, settings, clusters):
+def belief_in_clusters(validation, logits, features, names, settings, clusters):
     """How far the mixture vote believes the clusters, 0..1.
 
     Clusters by features are believed as far as those of the labelled chips in the checkpoints deserve it, and
@@ -151,16 +155,15 @@ def belief_in_clusters(outputs, logits, features, names, settings, clusters):
     by numbers are believed as far as the chips' predictions agree, beyond the most that they do with shuffled numbers.
 
     Args:
-        outputs, names, settings: of `run_pipeline`.
+        validation: of `_validation`; names, settings: of `run_pipeline`.
         logits: [N, C], calibrated; features: [N, D]; clusters: int [N] of these chips.
     """
     if settings.cluster_by == "features":
-        validation = _validation(outputs)
         if validation is None:
             return 0.0
         logits, features, labels = validation
         clusters = cluster_chips(features, np.arange(len(labels)), "features")
-        return measure_belief(logits / fit_temperature(logits, labels), clusters, labels)
+        return measure_belief(logits / _temperature(validation), clusters, labels)
     belief = estimate_belief(logits, clusters)
     if not belief:
         return 0.0
