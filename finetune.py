@@ -66,6 +66,11 @@ def main():
     torch.manual_seed(SEED)
 
     source = load_checkpoint(STUDENT, "sar_feature.py", sensor="SAR")
+    check(
+        source["labelled_share"] > 0,
+        f"{STUDENT} was trained without labels, so there are none to train the head on: go on with "
+        f"python results.py CHECKPOINT={STUDENT}",
+    )
     size, side, grey = source["image_size"], source["chip_side"], source["grey"]
     root = choose_data_root(DATA_ROOT, source, STUDENT)
     pairs = find_pairs(root, source["classes"])
@@ -76,11 +81,6 @@ def main():
     listed = choose_entities(ENTITIES, source, STUDENT)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
     train, held_out = split_pairs(pairs, entities, source["val_fraction"], unreadable(chips))
-    check(
-        source["labelled_share"] > 0,
-        f"{STUDENT} was trained without labels, so there are none to train the head on: go on with "
-        f"python results.py CHECKPOINT={STUDENT}",
-    )
     train = train[choose_labelled(pairs.labels[train], source["labelled_share"])]
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (sar,) = place_stores(budget, chips)

@@ -15,7 +15,7 @@ from models.focal import focal_loss
 from utils.predict.tta import all_views, scaled
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
-from utils.run.ranks import rank, sum_over_ranks, world_size
+from utils.run.ranks import rank, total_weight, world_size
 from utils.run.resume import Run
 from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
@@ -95,11 +95,9 @@ def main():
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(batch):
-        logits, total_weight = model(augment(batch)), None
-        if alpha is not None and world_size() > 1:  # the learner weighs a rank's loss by its share of the batch
-            share = len(batch.labels) / batches.size
-            total_weight = sum_over_ranks(alpha[batch.labels].sum()) * share
-        return focal_loss(logits, batch.labels, GAMMA, alpha, total_weight), logits, batch.labels
+        logits = model(augment(batch))
+        total = None if alpha is None else total_weight(alpha[batch.labels], batches.size)
+        return focal_loss(logits, batch.labels, GAMMA, alpha, total), logits, batch.labels
 
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": side,

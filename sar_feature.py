@@ -16,7 +16,7 @@ from utils.predict.tta import all_views, predict, scaled, view_features
 from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
-from utils.run.ranks import rank, sum_over_ranks, world_size
+from utils.run.ranks import rank, total_weight, world_size
 from utils.run.resume import Run
 from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
@@ -116,7 +116,8 @@ def main():
     eo_train, paths = eo.subset(train), [sar_paths[i] for i in train]
     # A pair without a label is drawn by the class that the teacher sees in it.
     labels = np.concatenate((pairs.labels, np.zeros(len(unlabelled[0]), np.int64)))[train]
-    if not has_label.all():
+    all_labelled = has_label.all()
+    if not all_labelled:
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
         labels[~has_label] = seen.argmax(1).cpu().numpy()
         print(f"{has_label.sum()} of {len(train)} training pairs have labels; the others teach by KL alone")
@@ -152,11 +153,11 @@ def main():
         if FEATURE_WEIGHT:
             on_features = distillation_loss(project(features), teacher_features, FEATURE_TEMPERATURE)
             loss = loss + FEATURE_WEIGHT * on_features
-        if LABEL_WEIGHT and has_label.all():
+        if LABEL_WEIGHT and all_labelled:
             loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA)
         elif LABEL_WEIGHT:
             counted = to_device(torch.from_numpy(has_label[batch.indices]), device)
-            total = sum_over_ranks(counted.sum()) * (len(batch.labels) / batches.size)
+            total = total_weight(counted, batches.size)
             loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA, None, total, counted)
         return loss, logits, batch.labels
 

@@ -86,6 +86,17 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def total_weight(weights, size):
+    """What a rank divides the weighted sum of its chips' losses by, so that the ranks together give the whole batch's.
+
+    The learner weighs a rank's loss by its share of the batch, so this is that share of the weights of all ranks.
+
+    Args:
+        weights: [B] of the rank's chips; size: chips of all ranks.
+    """
+    return sum_over_ranks(weights.sum()) * (len(weights) / size)
+
+
 def max_over_ranks(*numbers):
     """The largest value of each number over the ranks; the ranks wait for each other."""
     if world_size() == 1:
