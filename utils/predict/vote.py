@@ -7,6 +7,7 @@ winner ("winner takes all").
 
 from typing import NamedTuple
 
+from utils.predict.ood import cluster_mean
 from utils.run.rules import VOTE as HOW
 from utils.run.settings import SettingError
 
@@ -178,20 +179,14 @@ def fit_temperature(logits, labels):
 
 def _winners(logits, clusters, how, min_share):
     """Labels int64 [N] of a vote with one winner for each cluster; see `vote`."""
-    labels, sizes = logits.argmax(1), np.bincount(clusters)
-
-    def cluster_means(values):
-        sums = np.zeros((len(sizes), values.shape[1]))
-        np.add.at(sums, clusters, values)
-        return sums / sizes[:, None]
-
-    counted = cluster_means(np.eye(logits.shape[1])[labels])
-    summed = cluster_means(softmax(logits, 1))
+    labels = logits.argmax(1)
+    counted = cluster_mean(np.eye(logits.shape[1])[labels], clusters)
+    summed = cluster_mean(softmax(logits, 1), clusters)
     if how == "product":
-        shares = softmax(cluster_means(log_softmax(logits, 1)), 1)
+        shares = softmax(cluster_mean(log_softmax(logits, 1), clusters), 1)
     else:
         shares = counted if how == "hard" else summed
     votes = np.where(counted > 0, shares, 0)
     winners = np.where(votes == votes.max(1, keepdims=True), summed, -1).argmax(1)
-    winning_share = votes[np.arange(len(sizes)), winners]
-    return np.where(winning_share[clusters] >= min_share, winners[clusters], labels)
+    winning_share = votes[np.arange(len(labels)), winners]
+    return np.where(winning_share >= min_share, winners, labels)
