@@ -160,12 +160,13 @@ def entities_time():
     pairs = find_pairs("large")
     chips = open_store(pairs.eo, "chips")
     started = time.perf_counter()
-    found = discover(chips, pairs.labels)
+    entities = discover(chips, pairs.labels)
     elapsed = time.perf_counter() - started
     wanted = observed(pairs.counts)[0]
-    together = len(set(zip(found.tolist(), wanted.tolist(), strict=True)))
-    if together != wanted.max() + 1 or len(np.unique(found)) != together:
-        print(f"{wanted.max() + 1} objects, but {len(np.unique(found))} entities; {together} pairs of both", flush=True)
+    together = len(set(zip(entities.tolist(), wanted.tolist(), strict=True)))
+    count = len(np.unique(entities))
+    if together != wanted.max() + 1 or count != together:
+        print(f"{wanted.max() + 1} objects, but {count} entities; {together} pairs of both", flush=True)
     return elapsed
 
 

@@ -31,10 +31,10 @@ with distributed():
     both = synchronised(model)
     share = len(images[rows]) / 6
     (((both(images[rows]) - wanted[rows]) ** 2).mean() * share * 2).backward()
-    told = [None, None]
+    of_ranks = [None, None]
     kept = [p.grad for p in model.parameters()] + list(model.buffers())
-    dist.all_gather_object(told, [x.tolist() for x in kept])
-    assert told[0] == told[1]
+    dist.all_gather_object(of_ranks, [x.tolist() for x in kept])
+    assert of_ranks[0] == of_ranks[1]
     assert max_over_ranks(rank(), 5 - rank()) == (1, 5) and on_rank_0(lambda: rank() + 7) == 7
     assert gather_over_ranks(torch.from_numpy(share_of_rank(5)), 5).tolist() == [0, 1, 2, 3, 4]
     if rank() == 0:

@@ -84,9 +84,9 @@ def test_principal_components_find_nearly_all_links_and_add_none(monkeypatch):
     chips = survey()
     wanted = linked(chips)
     monkeypatch.setattr(module, "WORK", 1)
-    found = discover(chips, np.zeros(len(chips), int))
-    assert all(len(set(wanted[list(chips)])) == 1 for chips in sets(found))
-    assert len(sets(found)) - len(set(wanted)) <= 2
+    entities = discover(chips, np.zeros(len(chips), int))
+    assert all(len(set(wanted[list(chips)])) == 1 for chips in sets(entities))
+    assert len(sets(entities)) - len(set(wanted)) <= 2
 
 
 @pytest.mark.parametrize("work", [module.WORK, 1])
@@ -106,8 +106,8 @@ def test_the_six_largest_sets_of_real_chips(monkeypatch, work):
     monkeypatch.setattr(module, "WORK", work)
     paths = sorted((real_chips("unicorn_pairs") / "test_images_EO").glob("*.png"))
     chips = np.stack([decode(path, 32) for path in paths])
-    found = discover(chips, np.zeros(len(chips), int))
-    assert len(chips) == 826 and sorted(np.unique(found, return_counts=True)[1])[:-7:-1] == SIX_LARGEST
+    entities = discover(chips, np.zeros(len(chips), int))
+    assert len(chips) == 826 and sorted(np.unique(entities, return_counts=True)[1])[:-7:-1] == SIX_LARGEST
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def write(root, *rows, header="chip,entity"):
 
 def test_entities_are_numbered_by_class(root):
     pairs = find_pairs(root / "data")
-    found = find_entities(pairs, root / "chips")
-    assert found.dtype == np.int32 and found.tolist() == FOUND + [3 + x for x in FOUND]
+    entities = find_entities(pairs, root / "chips")
+    assert entities.dtype == np.int32 and entities.tolist() == FOUND + [3 + x for x in FOUND]
 
 
 def test_a_csv_overrides_what_was_found(root, capsys):
