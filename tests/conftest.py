@@ -2,9 +2,11 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ FORKED.set_forkserver_preload(
     ["data", "pretrain", "sar_feature", "finetune", "results", "torch._dynamo", "sklearn.manifold", "scipy.stats",
      "utils.predict.clusters", "utils.report.curves", "utils.report.page", "pytest", "tests.conftest"]
 )  # fmt: skip
+SHARED, DEMO, PIPELINE = pytest.StashKey(), pytest.StashKey(), pytest.StashKey()
+AHEAD = ThreadPoolExecutor(1)  # makes what many tests share, on the second core, while the first tests run
 TINY = {"sedan": 60, "SUV": 30, "van": 15, "bus": 9}  # a third of them is held out, one individual of each class
 
 
@@ -89,27 +93,54 @@ def must(process):
     return process.stdout
 
 
-@pytest.fixture(scope="session")
-def tiny_demo(tmp_path_factory):
-    """A demo set of 114 pairs, with 57 validation and 71 test chips."""
-    from data.demo import write_demo
+def pytest_sessionstart(session):
+    AHEAD.submit(run_python, ROOT, "-c", "")  # the imports of the process that the others are forked from
 
-    root = tmp_path_factory.mktemp("data") / "demo"
-    write_demo(root, train_counts=TINY, val_scale=0.04, test_scale=0.05)
+
+def pytest_collection_finish(session):
+    wanted = {name for item in session.items for name in item.fixturenames}
+    folder = session.config.stash[SHARED] = Path(tempfile.mkdtemp(prefix="tests-"))
+    if "tiny_demo" in wanted:
+        session.config.stash[DEMO] = AHEAD.submit(make_demo, folder / "demo")
+    if "pipeline" in wanted:
+        session.config.stash[PIPELINE] = AHEAD.submit(run_pipeline, folder / "demo", folder / "run")
+
+
+def pytest_unconfigure(config):
+    AHEAD.shutdown(cancel_futures=True)
+    if SHARED in config.stash:
+        shutil.rmtree(config.stash[SHARED], ignore_errors=True)
+
+
+def make_demo(root):
+    """A demo set of 114 pairs, with 57 validation and 71 test chips."""
+    code = f"write_demo({str(root)!r}, train_counts={TINY}, val_scale=0.04, test_scale=0.05)"
+    must(run_python(ROOT, "-c", f"from data.demo import write_demo; {code}"))
     return root
 
 
-@pytest.fixture(scope="session")
-def pipeline(tiny_demo, tmp_path_factory):
-    """The four scripts on the tiny demo set: the folder they ran in, and what they printed."""
-    cwd = tmp_path_factory.mktemp("run")
+def run_pipeline(demo, cwd):
+    """Run the four scripts on the tiny demo set; returns the folder they ran in, and what they printed."""
+    cwd.mkdir()
     printed = {
-        "pretrain": must(run_script("pretrain.py", cwd, f"DATA_ROOT={tiny_demo}", "EPOCHS=2")),
+        "pretrain": must(run_script("pretrain.py", cwd, f"DATA_ROOT={demo}", "EPOCHS=2")),
         "sar_feature": must(run_script("sar_feature.py", cwd, "EPOCHS=2")),
         "finetune": must(run_script("finetune.py", cwd, "EPOCHS=2")),
         "results": must(run_script("results.py", cwd, "ROTATIONS=0,90")),
     }
     return cwd, printed
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(request):
+    """The folder of the tiny demo set."""
+    return request.config.stash[DEMO].result()
+
+
+@pytest.fixture(scope="session")
+def pipeline(request):
+    """The folder of the four scripts' runs on the tiny demo set, and what they printed."""
+    return request.config.stash[PIPELINE].result()
 
 
 @pytest.fixture(scope="session")

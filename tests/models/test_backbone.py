@@ -155,6 +155,7 @@ def test_sizes_under_fake_tensors():
             assert model(torch.zeros(2, 1, 57, 57)).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_export_with_a_resize():
     model = Classifier("test_vit", 3, 56).check_sizes([49]).eval()
     images = torch.randn(3, 1, 49, 49)

@@ -16,10 +16,12 @@ WITHOUT_TRUTH = {"confidence", "feature_map", "clusters"}
 ODD_NAMES = ("a$b$c", "$x", "caf\udce9", "<b>&")  # formulas, a file name that is not UTF-8, HTML
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
     """The default of 500 takes seconds."""
-    monkeypatch.setattr(page_module, "intervals", partial(page_module.intervals, resamples=5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "intervals", partial(page_module.intervals, resamples=5))
+        yield
 
 
 def report(folder, prediction):
@@ -29,13 +31,20 @@ def report(folder, prediction):
     return page, {path.stem for path in folder.glob("*.png")}
 
 
-def test_the_page_contains_every_picture_and_no_link(tmp_path):
-    page, pictures = report(tmp_path, make_prediction())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A prediction with everything on the page, its folder, the page, and the names of the pictures."""
+    folder, prediction = tmp_path_factory.mktemp("report"), make_prediction()
+    return prediction, folder, *report(folder, prediction)
+
+
+def test_the_page_contains_every_picture_and_no_link(whole):
+    _, folder, page, pictures = whole
     assert pictures == PICTURES
     embedded = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', page)
     assert {alt.replace(" ", "_") for _, alt in embedded} == PICTURES
     for data, alt in embedded:
-        assert base64.b64decode(data) == (tmp_path / f"{alt.replace(' ', '_')}.png").read_bytes()
+        assert base64.b64decode(data) == (folder / f"{alt.replace(' ', '_')}.png").read_bytes()
     assert page.count("<img") == len(PICTURES)
     assert not re.search(r"https?:|<script|<link|href=|srcset=|url\(|@import", page)
     assert "$body" not in page and page.rstrip().endswith("</html>")
@@ -80,9 +89,8 @@ def test_no_mistake_no_picture_of_mistakes(tmp_path):
     assert report(tmp_path, prediction)[1] == PICTURES - {"roc", "mistakes"}
 
 
-def test_settings_and_scores_on_the_page(tmp_path):
-    prediction = make_prediction()
-    page, _ = report(tmp_path, prediction)
+def test_settings_and_scores_on_the_page(whole):
+    prediction, _, page, _ = whole
     assert "DATA_ROOT = &#x27;data/&lt;a &amp; b&gt;&#x27;" in page
     for value in prediction.scores["+ vote"].values():
         assert f"<b>{value:.3f}</b>" in page
