@@ -71,19 +71,21 @@ def main():
         f"{STUDENT} was trained without labels, so there are none to train the head on: go on with "
         f"python results.py CHECKPOINT={STUDENT}",
     )
-    size, side, grey = source["image_size"], source["chip_side"], source["grey"]
+    size, grey = source["image_size"], source["grey"]
     root = choose_data_root(DATA_ROOT, source, STUDENT)
     pairs = find_pairs(root, source["classes"])
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
     if NEW_HEAD:
         model.head.reset_parameters()
-    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, side, source["grey_range"])
-    listed = choose_entities(ENTITIES, source, STUDENT)
-    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
-    train, held_out = split_pairs(pairs, entities, source["val_fraction"], unreadable(chips))
-    train = train[choose_labelled(pairs.labels[train], source["labelled_share"])]
+    reading = source["chip_side"], source["grey_range"]
+    chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, *reading)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (sar,) = place_stores(budget, chips)
+    labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
+    listed = choose_entities(ENTITIES, source, STUDENT)
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
+    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"], unreadable(chips))
+    train = train[choose_labelled(pairs.labels[train], source["labelled_share"])]
     labels, sar_train = pairs.labels[train], sar.subset(train)
     by_entity = entities[train], BALANCE_ENTITIES
     stream = (
@@ -95,7 +97,6 @@ def main():
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
     contents = source | {"data_root": root, "entities": listed, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
-    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, grey, contents["views"])
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):

@@ -37,7 +37,7 @@ GREY_RANGE = ()  # two numbers: black and white of files with more than 8 bits; 
 BACKBONE = "test_resnet"  # any timm model; resnet18 or larger on a GPU
 WEIGHTS = ""  # "" from scratch, "timm" from the hub, or a file of weights
 IMAGE_SIZE = 56  # side of the network's input, px; larger is slower and may be better
-VAL_FRACTION = 0.1  # share of the training pairs that all stages leave out to validate on
+VAL_FRACTION = 0.1  # share of the training pairs that a stage without labelled val/ chips leaves out to validate on
 EPOCHS = 16  # passes over as many chips as there are
 BATCH_SIZE = 64  # chips a step, on every rank
 OPTIMIZER = "adamw"  # any name of timm.optim.list_optimizers()
@@ -69,7 +69,7 @@ def main():
     following = ("sar_feature.py", "TEACHER") if SENSOR == "EO" else ("results.py", "CHECKPOINT")
     torch.manual_seed(SEED)
 
-    # Data and model. No stage trains on the pairs that are held out.
+    # Data and model. Only SAR has labelled validation chips; where there are none, pairs are held out to validate on.
     ensure_demo(DATA_ROOT)
     pairs = find_pairs(DATA_ROOT, CLASSES)
     classes = len(pairs.classes)
@@ -80,11 +80,13 @@ def main():
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
     side, grey_range = choose_reading(paths, GREY_RANGE)
     chips = open_store(paths, STORE_DIR, SKIP_BAD, side, grey_range)
-    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
-    train, held_out = split_pairs(pairs, entities, VAL_FRACTION, unreadable(chips))
-    grey = grey_statistics(chips, train)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (store,) = place_stores(budget, chips)
+    reading = side, grey_range
+    labelled = labelled_chips(DATA_ROOT, pairs, reading, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
+    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))
+    grey = grey_statistics(chips, train)
 
     labels = pairs.labels[train]
     stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities[train], BALANCE_ENTITIES)
@@ -107,8 +109,6 @@ def main():
         "labelled_share": 1.0,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
-    # Only SAR has labelled validation chips; for EO the pairs that are held out serve.
-    labelled = labelled_chips(DATA_ROOT, contents, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     held_out_chips = store.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS)):

@@ -101,9 +101,13 @@ def main():
     eo_chips = open_store(eo_paths, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
     sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, side, grey_range)
     bad = unreadable(eo_chips), unreadable(sar_chips)
+    budget = MemoryBudget(device, CHIP_MEMORY_GB)
+    eo, sar = place_stores(budget, eo_chips, sar_chips)
+    # Where labelled chips validate, the student learns from all pairs, also from those that the teacher left out.
+    labelled = labelled_chips(root, pairs, (side, grey_range), budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
-    train, held_out = split_pairs(pairs, entities, source["val_fraction"], *bad)
+    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"], *bad)
     has_label = choose_labelled(pairs.labels[train], LABELLED_SHARE)
     others = np.setdiff1d(np.arange(len(pairs.eo), len(eo_paths)), np.concatenate(bad))
     train, has_label = np.concatenate((train, others)), np.concatenate((has_label, np.zeros(len(others), bool)))
@@ -111,8 +115,6 @@ def main():
         train, has_label = train[has_label], has_label[has_label]
         check(len(train), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
-    budget = MemoryBudget(device, CHIP_MEMORY_GB)
-    eo, sar = place_stores(budget, eo_chips, sar_chips)
     eo_train, paths = eo.subset(train), [sar_paths[i] for i in train]
     # A pair without a label is drawn by the class that the teacher sees in it.
     labels = np.concatenate((pairs.labels, np.zeros(len(unlabelled[0]), np.int64)))[train]
@@ -167,7 +169,6 @@ def main():
         "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
-    labelled = labelled_chips(root, contents, budget, STORE_DIR, SKIP_BAD)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(labelled or held_out_chips), size, sar_grey)
     if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, INIT, source)):

@@ -113,8 +113,10 @@ def _names(pairs):
 def split_pairs(pairs, entities, fraction, *excluded):
     """`data.sampler.stratified_split` of the pairs; prints which classes cannot be validated on pairs.
 
-    If no class shows two entities, single pairs are held out.
+    If no class shows two entities, single pairs are held out. With fraction 0 all pairs are for training.
     """
+    if not fraction:
+        return stratified_split(pairs.labels, entities, fraction, *excluded)
     of_entity = pairs.labels[np.unique(entities, return_index=True)[1]]  # the class of each entity
     single = np.bincount(of_entity, minlength=len(pairs.classes)) == 1
     if single.all():

@@ -14,7 +14,7 @@ from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs, find_unlabelled
 from data.sampler import BalancedStream, choose_labelled
 from data.store import ChipStore, open_store
-from tests.conftest import ROOT, load, must, run_script, same
+from tests.conftest import ROOT, TINY, load, must, run_script, same
 from utils.predict.tta import predict
 from utils.run.checkpoint import build_model
 
@@ -130,9 +130,9 @@ def by_hand(source, images, batch):
     return inputs
 
 
-def training_chips(paths, cwd, source, tiny_demo):
+def training_chips(paths, cwd, tiny_demo, held_out=0.0):
     pairs = find_pairs(tiny_demo)
-    train, _ = split_pairs(pairs, find_entities(pairs, cwd / "runs/chips"), source["val_fraction"])
+    train, _ = split_pairs(pairs, find_entities(pairs, cwd / "runs/chips"), held_out)
     return np.array(open_store(getattr(pairs, paths), cwd / "runs/chips")[train]), pairs.labels[train]
 
 
@@ -142,7 +142,7 @@ PLAIN = ("JITTER=0", "SPECKLE=0", "TRAIN_SCALES=1")
 def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tiny_demo):
     cwd, _ = pipeline
     learner, batches, _, _, contents = captured("pretrain.py", f"DATA_ROOT={tiny_demo}", "GAMMA=3", *PLAIN)
-    chips, labels = training_chips("eo", cwd, contents, tiny_demo)
+    chips, labels = training_chips("eo", cwd, tiny_demo, contents["val_fraction"])
     model = learner.model.eval()
     for batch in batches.between(0, 2):
         loss, logits, truth = learner.modules.loss_of(batch)
@@ -154,8 +154,11 @@ def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tin
 
 
 def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_demo, tmp_path, monkeypatch):
-    """All stages, also the baseline, hold out the same whole entities, though only the first is told of them."""
-    pairs = find_pairs(tiny_demo)
+    """Without val/ all stages, also the baseline, hold out the same whole entities, though only the first is told."""
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "train").symlink_to(tiny_demo / "train")
+    pairs = find_pairs(demo)
     vehicles = [f"{label}_{index // 5}" for index, label in enumerate(pairs.labels)]
     names = ["/".join(path[:-4].split("/")[-2:]) for path in pairs.eo]
     listed, rows = tmp_path / "entities.csv", map(",".join, zip(names, vehicles, strict=True))
@@ -170,12 +173,12 @@ def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_
     teacher, student = (load(pipeline[0] / f"runs/{stage}/best.pt") for stage in ("pretrain", "sar_feature"))
     torch.save(teacher | {"entities": str(listed)}, tmp_path / "teacher.pt")
     torch.save(student | {"entities": str(listed)}, tmp_path / "student.pt")
-    root, by_entity = f"DATA_ROOT={tiny_demo}", ["BALANCE_ENTITIES=1", *PLAIN]
+    root, by_entity = f"DATA_ROOT={demo}", ["BALANCE_ENTITIES=1", *PLAIN]
     runs = [
         captured("pretrain.py", root, f"ENTITIES={listed}", *by_entity),
         captured("pretrain.py", root, f"ENTITIES={listed}", "SENSOR=SAR", *by_entity),
-        captured("sar_feature.py", f"TEACHER={tmp_path}/teacher.pt", *by_entity),
-        captured("finetune.py", f"STUDENT={tmp_path}/student.pt", "BALANCE_ENTITIES=1"),
+        captured("sar_feature.py", root, f"TEACHER={tmp_path}/teacher.pt", *by_entity),
+        captured("finetune.py", root, f"STUDENT={tmp_path}/student.pt", "BALANCE_ENTITIES=1"),
     ]
     (train, held_out), *others = splits
     assert len(held_out) and not {vehicles[i] for i in train} & {vehicles[i] for i in held_out}
@@ -190,6 +193,16 @@ def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_
         assert len(counts) > 5 and min(counts.values()) > 0.75 * max(counts.values())
 
 
+@pytest.mark.parametrize("script, settings", [
+    ("pretrain.py", ["SENSOR=SAR"]), ("sar_feature.py", []), ("finetune.py", []),
+])  # fmt: skip
+def test_where_labelled_chips_validate_no_pair_is_held_out(pipeline, captured, tiny_demo, script, settings):
+    _, batches, validate, *_ = captured(script, f"DATA_ROOT={tiny_demo}", *settings)
+    (reference,) = (tiny_demo / "val").glob("*.csv")
+    known = [row for row in csv.DictReader(reference.read_text().splitlines()) if row["OOD_flag"] == "0"]
+    assert len(batches.labels) == sum(TINY.values()) and len(validate.labels) == len(known)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_sar_feature_distils_the_teacher_in_the_same_view(pipeline, captured, tiny_demo, cached):
     """T^2 KL(teacher || student) in one view, and focal loss on the labels; the student starts as the teacher."""
@@ -200,8 +213,8 @@ def test_sar_feature_distils_the_teacher_in_the_same_view(pipeline, captured, ti
     teacher, student = build_model(source), learner.model.eval()
     assert same(student.state_dict(), teacher.state_dict())
     student.head.weight.data += 0.1 * torch.randn(student.head.weight.shape)  # or KL would be that of equal networks
-    eo, labels = training_chips("eo", cwd, source, tiny_demo)
-    sar, _ = training_chips("sar", cwd, source, tiny_demo)
+    eo, labels = training_chips("eo", cwd, tiny_demo)
+    sar, _ = training_chips("sar", cwd, tiny_demo)
     for batch in batches.between(0, 2):
         loss, logits, truth = learner.modules.loss_of(batch)
         wanted = student(by_hand(contents, sar[batch.indices], batch))
@@ -228,11 +241,11 @@ def test_pairs_without_labels_teach_by_the_teacher_alone(pipeline, captured, tin
     learner, batches, _, _, contents = captured("sar_feature.py", root, "LABELLED_SHARE=0.5", "GAMMA=0", *PLAIN)
     assert contents["labelled_share"] == 0.5
     source = load(cwd / "runs/pretrain/best.pt")
-    _, labels = training_chips("sar", cwd, source, tiny_demo)
+    _, labels = training_chips("sar", cwd, tiny_demo)
     has_label = choose_labelled(labels, 0.5)
     assert len(batches.labels) == len(labels) + len(pairs.eo[::9])
     assert (batches.labels[: len(labels)][has_label] == labels[has_label]).all()
-    eo, _ = training_chips("eo", cwd, source, tiny_demo)
+    eo, _ = training_chips("eo", cwd, tiny_demo)
     teacher = build_model(source)
     seen = ChipStore(eo[~has_label], torch.device("cpu"))
     seen = predict(teacher, seen, source["image_size"], source["grey"])[0].argmax(1).numpy()
@@ -250,9 +263,7 @@ def kl_by_hand(batch, learner, source, root, logits, cwd):
     """The KL term of sar_feature.py at its default T on a batch, from EO files that are read again."""
     data = root.removeprefix("DATA_ROOT=")
     pairs = find_pairs(data)
-    train, _ = split_pairs(pairs, find_entities(pairs, cwd / "runs/chips"), source["val_fraction"])
-    paths = [pairs.eo[i] for i in train] + find_unlabelled(data)[0]
-    eo = np.array(open_store(paths, cwd / "runs/chips", side=source["chip_side"]))
+    eo = np.array(open_store(pairs.eo + find_unlabelled(data)[0], cwd / "runs/chips", side=source["chip_side"]))
     taught = build_model(source)(by_hand(source, eo[batch.indices], batch))
     taught = taught - 0.5 * torch.tensor(source["counts"]).log()
     log_q, log_p = (logits / 2).log_softmax(1), (taught / 2).log_softmax(1)
@@ -276,7 +287,7 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_de
     cwd, _ = pipeline
     learner, batches, *_ = captured("finetune.py")
     source = load(cwd / "runs/sar_feature/best.pt")
-    sar, labels = training_chips("sar", cwd, source, tiny_demo)
+    sar, labels = training_chips("sar", cwd, tiny_demo)
     model, chips = build_model(source), torch.from_numpy(sar)
     stream = BalancedStream(labels, 24, 0)
     for step, batch in enumerate(batches.between(0, 3)):

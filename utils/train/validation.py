@@ -55,22 +55,23 @@ class Validation:
         }
 
 
-def labelled_chips(root, contents, budget, store_dir, skip_bad):
+def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):
     """The labelled SAR chips of a data set whose class is known, to validate on.
 
     Args:
         root: folder of the data set.
-        contents: of a SAR checkpoint; "classes", "class_ids", "chip_side" and "grey_range" say how they are read.
+        pairs: `data.layouts.Pairs` of the same classes.
+        reading: (side, grey range) of `data.store.open_store`.
         budget: `data.store.MemoryBudget` of the device where the chips are needed.
         store_dir, skip_bad: of `data.store.open_store`.
 
     Returns:
         (ChipStore, labels), or None if the data set has no such chips.
     """
-    labelled = find_validation(root, contents["classes"], contents["class_ids"])
+    labelled = find_validation(root, pairs.classes, pairs.class_ids)
     if labelled is None or labelled.ood.all():
         return None
-    chips = open_store(labelled.paths, store_dir, skip_bad, contents["chip_side"], contents["grey_range"])
+    chips = open_store(labelled.paths, store_dir, skip_bad, *reading)
     (store,) = place_stores(budget, chips)
     known = np.setdiff1d(np.flatnonzero(~labelled.ood), unreadable(chips))
     return store.subset(known), labelled.labels[known]
