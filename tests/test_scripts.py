@@ -12,7 +12,7 @@ from collections import Counter
 from data.augment import to_input, turn
 from data.entities import find_entities, split_pairs
 from data.layouts import find_pairs, find_unlabelled
-from data.sampler import BalancedStream, choose_labelled
+from data.sampler import BalancedStream, WeightedStream, choose_labelled
 from data.store import ChipStore, open_store
 from tests.conftest import ROOT, TINY, load, must, run_script, same
 from utils.predict.tta import predict
@@ -143,6 +143,7 @@ def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tin
     cwd, _ = pipeline
     learner, batches, _, _, contents = captured("pretrain.py", f"DATA_ROOT={tiny_demo}", "GAMMA=3", *PLAIN)
     chips, labels = training_chips("eo", cwd, tiny_demo, contents["val_fraction"])
+    assert batches.draw(1)[0].tolist() == WeightedStream(labels, 24, 0.5, 0).batch(1)[0].tolist()  # its BALANCE
     model = learner.model.eval()
     for batch in batches.between(0, 2):
         loss, logits, truth = learner.modules.loss_of(batch)
@@ -215,6 +216,7 @@ def test_sar_feature_distils_the_teacher_in_the_same_view(pipeline, captured, ti
     student.head.weight.data += 0.1 * torch.randn(student.head.weight.shape)  # or KL would be that of equal networks
     eo, labels = training_chips("eo", cwd, tiny_demo)
     sar, _ = training_chips("sar", cwd, tiny_demo)
+    assert batches.draw(1)[0].tolist() == WeightedStream(labels, 24, 1.0, 0).batch(1)[0].tolist()
     for batch in batches.between(0, 2):
         loss, logits, truth = learner.modules.loss_of(batch)
         wanted = student(by_hand(contents, sar[batch.indices], batch))
