@@ -100,7 +100,7 @@ def pytest_sessionstart(session):
 def pytest_collection_finish(session):
     wanted = {name for item in session.items for name in item.fixturenames}
     folder = session.config.stash[SHARED] = Path(tempfile.mkdtemp(prefix="tests-"))
-    if "tiny_demo" in wanted:
+    if wanted & {"tiny_demo", "pipeline"}:
         session.config.stash[DEMO] = AHEAD.submit(make_demo, folder / "demo")
     if "pipeline" in wanted:
         session.config.stash[PIPELINE] = AHEAD.submit(run_pipeline, folder / "demo", folder / "run")

@@ -119,6 +119,16 @@ def captured(pipeline, monkeypatch):
     return capture
 
 
+def test_best_is_the_best_epoch_and_of_equal_ones_the_later(pipeline, monkeypatch):
+    values = iter((0.2, 0.9, 0.9, 0.5))
+    score = lambda *_: {"accuracy": 0.0, "mean per-class accuracy": next(values)}  # noqa: E731
+    monkeypatch.setattr("utils.train.validation.Validation.__call__", score)
+    monkeypatch.chdir(pipeline[0])
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "OUT_DIR=scored", "EPOCHS=4", "ALL_VIEWS=False"])
+    runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
+    assert [load(f"scored/{name}.pt")["epoch"] for name in ("best", "last")] == [3, 4]
+
+
 def by_hand(source, images, batch):
     """Logits of a checkpoint's network on chips in the views of a batch, turned one by one."""
     turned = [np.rot90(np.fliplr(chip) if view > 3 else chip, view % 4).copy()
@@ -288,6 +298,8 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_de
     """Batch for batch: the cached features give the logits of the frozen network on the views."""
     cwd, _ = pipeline
     learner, batches, *_ = captured("finetune.py")
+    trained = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    assert set(map(id, trained)) == set(map(id, learner.model.head.parameters()))
     source = load(cwd / "runs/sar_feature/best.pt")
     sar, labels = training_chips("sar", cwd, tiny_demo)
     model, chips = build_model(source), torch.from_numpy(sar)

@@ -1,4 +1,5 @@
-from data.augment import Share, jitter, normalise, resize, speckle, to_input, turn
+from data.augment import Augmentation, Share, jitter, normalise, resize, speckle, to_input, turn
+from data.batches import Batch
 
 import numpy as np
 import pytest
@@ -77,3 +78,18 @@ def test_shares_of_a_batch_are_augmented_as_the_whole_batch():
     batch = augmented(slice(None), None)
     for rows in (slice(0, 5), slice(5, 10), slice(3, 4)):
         assert torch.equal(augmented(rows, Share(rows, 10)), batch[rows])
+
+
+def test_steps_take_the_sizes_in_turn_and_each_strength_changes_the_chips():
+    chips = torch.randint(0, 256, (4, 16, 16), dtype=torch.uint8)
+    views, share = torch.tensor([1, 7, 0, 4]), Share(slice(0, 4), 4)
+
+    def augmented(step, jitter=0.0, speckle=0.0):
+        batch = Batch(step, np.arange(4), views.numpy(), chips, views, None, share)
+        return Augmentation((0.4, 0.12), jitter, speckle, [16, 12, 20])(batch)
+
+    for step, size in enumerate((16, 12, 20, 16, 12)):
+        torch.testing.assert_close(augmented(step), to_input(turn(chips, views), size, 0.4, 0.12))
+    for name in ("jitter", "speckle"):
+        changed = (augmented(0, **{name: 0.3}) - augmented(0)).abs()
+        assert (changed.amax((1, 2, 3)) > 0.01).all(), name
