@@ -72,6 +72,22 @@ def test_steps_are_those_of_torchs_adamw():
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
+def test_each_step_and_seed_has_its_own_random_numbers_wherever_the_run_starts():
+    drawn = []
+
+    def loss_of(batch):
+        drawn.append(torch.rand(()).item())
+        logits = model(batch.chips)
+        return logits.square().mean(), logits, batch.labels
+
+    for seed, steps in ((0, (0, 1, 2)), (0, (2, 0)), (1, (0,))):
+        model = network()
+        ours = Learner(model, loss_of, Sizes, Optimization(0.01, 0.1, seed=seed))
+        for step in steps:
+            ours.step(batch(step))
+    assert drawn[3:5] == [drawn[2], drawn[0]] and len({*drawn[:3], drawn[5]}) == 4
+
+
 def test_the_schedule_rises_and_falls_and_a_short_run_is_not_all_warmup():
     factors = [warmup_cosine(10, 2)(step) for step in range(10)]
     assert factors[:2] == pytest.approx([1 / 3, 2 / 3]) and factors[2] == 1 and factors[-1] < 0.05
