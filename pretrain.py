@@ -52,6 +52,7 @@ BALANCE = 0.5  # chips drawn with probability count^-BALANCE: 1 = classes equal,
 BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness, in standard deviations of the grey level
 SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
+ROTATION = 20.0  # random rotation by up to so many degrees either way, beyond the quarter turns
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
 SEED = 0  # fixes everything random
 RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
@@ -93,7 +94,7 @@ def main():
     batches = Batches(
         stream, labels, device, EPOCHS, store.subset(train), [paths[i] for i in train], (rank(), world_size())
     )
-    augment = Augmentation(grey, JITTER, SPECKLE, sizes)
+    augment = Augmentation(grey, JITTER, SPECKLE, ROTATION, sizes)
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
     def loss_of(batch):

@@ -10,7 +10,7 @@ from data.layouts import find_pairs, find_unlabelled
 from data.sampler import WeightedStream, choose_labelled
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, to_device, unreadable
 from models.backbone import Classifier
-from models.distillation import distillation_loss, match_prior
+from models.distillation import FEATURE_LOSSES, distillation_loss, match_prior
 from models.focal import focal_loss
 from utils.predict.tta import all_views, predict, scaled, view_features
 from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
@@ -49,8 +49,9 @@ CLIP = 1.0  # largest norm of the gradient; 0 = no limit
 EMA = 0.0  # decay of an average of the weights that is saved instead, such as 0.999; 0 = none
 TEMPERATURE = 2.0  # T of the class distributions; higher shows more of the teacher's doubts
 KL_WEIGHT = 1.0  # of T^2 KL(teacher || student) on the class distributions
-FEATURE_WEIGHT = 0.0  # of the same on the softened feature distributions of the two sensors
-FEATURE_TEMPERATURE = 1.0  # T of the feature distributions
+FEATURE_WEIGHT = 0.0  # of FEATURE_LOSS, which compares the features of the two sensors
+FEATURE_LOSS = "kl"  # "kl" of softened features, "relations", "contrastive" or "mse": models/distillation.py
+FEATURE_TEMPERATURE = 1.0  # T of the feature distributions; about 0.1 for "relations" and "contrastive"
 LABEL_WEIGHT = 1.0  # of the focal loss on the true labels
 LABELLED_SHARE = 1.0  # of the training pairs of each class whose labels are used; the others teach by KL alone
 MATCH_PRIOR = True  # True: the teacher answers as if its classes had been drawn with the student's BALANCE
@@ -59,6 +60,7 @@ BALANCE = 1.0  # pairs drawn with probability count^-BALANCE: 1 = classes equal,
 BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness of the SAR chip, in standard deviations
 SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
+ROTATION = 20.0  # random rotation by up to so many degrees either way, beyond the quarter turns
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
 CACHE_TEACHER = True  # True asks the teacher once for each chip and view, False at every step
 SEED = 0  # fixes everything random
@@ -142,7 +144,7 @@ def main():
         teacher_outputs = FrozenCache(
             ask_teacher, batches.draws(), len(train), BATCH_SIZE, budget, STORE_DIR, torch.float16
         )
-    augment = Augmentation(sar_grey, JITTER, SPECKLE, sizes)
+    augment = Augmentation(sar_grey, JITTER, SPECKLE, ROTATION, sizes)
 
     def loss_of(batch):
         images = augment(batch)
@@ -153,7 +155,7 @@ def main():
         logits = student.head(features)
         loss = KL_WEIGHT * distillation_loss(logits, teacher_logits, TEMPERATURE)
         if FEATURE_WEIGHT:
-            on_features = distillation_loss(project(features), teacher_features, FEATURE_TEMPERATURE)
+            on_features = FEATURE_LOSSES[FEATURE_LOSS](project(features), teacher_features, FEATURE_TEMPERATURE)
             loss = loss + FEATURE_WEIGHT * on_features
         if LABEL_WEIGHT and all_labelled:
             loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA)

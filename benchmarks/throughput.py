@@ -105,7 +105,7 @@ def input_at(size):
         store = ChipStore(open_store(pairs.eo, "chips"), device)
         stream = WeightedStream(pairs.labels, BATCH, 0.5, 0)
         batches = Batches(stream, pairs.labels, device, 1, store)
-        augment = Augmentation(GREY, jitter=0.3, speckle=0.0, sizes=[size])
+        augment = Augmentation(GREY, jitter=0.3, speckle=0.0, rotation=0.0, sizes=[size])
         loader = folder_loader(size)
 
         def ours():

@@ -1,9 +1,10 @@
-"""Augmentation and network input of whole batches: flips, quarter turns, grey levels, size.
+"""Augmentation and network input of whole batches: flips, quarter turns, grey levels, rotation, size.
 
 All functions run on the device of their tensors, and none of them waits for the device.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,16 +27,17 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Network inputs of training batches: flip and rotation, speckle, jitter, and one of the sizes a step.
+    """Network inputs of training batches: flip, quarter turns, speckle, jitter, rotation, and one of the sizes a step.
 
     grey: (mean, std) of the sensor's grey level, 0..1.
-    jitter, speckle: strengths, as in the functions of these names.
+    jitter, speckle: strengths, as in the functions of these names; rotation: largest angle of `rotate`.
     sizes: sides of the input, px, which the steps take in turn.
     """
 
     grey: tuple
     jitter: float
     speckle: float
+    rotation: float
     sizes: list
 
     def __call__(self, batch):
@@ -43,6 +45,7 @@ class Augmentation:
         images = normalise(turn(batch.chips, batch.views), *self.grey)
         images = speckle(images, self.speckle, *self.grey, batch.share)
         images = jitter(images, self.jitter, batch.share)
+        images = rotate(images, self.rotation, batch.share)
         if first_row := batch.share.rows.start:  # from here on the ranks' random numbers differ, such as dropout's
             torch.manual_seed(torch.initial_seed() + first_row)
         return resize(images, self.sizes[batch.step % len(self.sizes)])
@@ -127,3 +130,23 @@ def speckle(images, strength, mean, std, share=None):
     rows, total = share or Share(slice(None), len(images))
     noise = torch.randn(total, *images.shape[1:], device=images.device, dtype=images.dtype)[rows]
     return images + (images + mean / std) * noise.mul(strength)
+
+
+def rotate(images, most, share=None):
+    """Each chip rotated about its centre by an angle of its own, uniform in -most..most.
+
+    Corners that come from outside the chip show its mirror image.
+
+    Args:
+        images: [N, 1, S, S].
+        most: degrees; 0 changes nothing.
+        share: as in `jitter`.
+    """
+    if not most:
+        return images
+    rows, total = share or Share(slice(None), len(images))
+    angle = (torch.rand(total, device=images.device)[rows] * 2 - 1) * math.radians(most)
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    matrices = torch.stack((cos, -sin, zero, sin, cos, zero), 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -42,3 +42,65 @@ def distillation_loss(student, teacher, temperature=1.0):
     log_q = F.log_softmax(student.to(wide) / temperature, dim=1)
     log_p = F.log_softmax(teacher.detach().to(wide) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def relation_loss(student, teacher, temperature=0.1):
+    """KL(teacher || student) between the similarities in a batch: which other pairs each pair is like.
+
+    The distribution of pair i is softmax over j != i of cos(f_i, f_j) / T, with the features f of one sensor.
+
+    Args:
+        student, teacher: features [N, D] and [N, E], N > 1; the teacher is detached.
+        temperature: T > 0; a lower T looks at the nearest pairs only.
+
+    Returns:
+        Scalar >= 0; 0 if both sensors see the same similarities. On several ranks each compares its own pairs.
+
+    Source: Fang et al., "SEED: Self-supervised Distillation For Visual Representation", ICLR 2021, section 3.2.
+    """
+    log_q, log_p = (_others(_unit(features), temperature) for features in (student, teacher.detach()))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _others(unit, temperature):
+    """Log distributions [N, N - 1] of each row's similarities with the other rows."""
+    n = len(unit)
+    # In the flat matrix every (n + 1)th element is on the diagonal, from the first one on.
+    similar = (unit @ unit.T).flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
+    return F.log_softmax(similar / temperature, dim=1)
+
+
+def contrastive_loss(student, teacher, temperature=0.1):
+    """InfoNCE: which of the batch's photographs belongs to a radar chip, and which radar chip to a photograph.
+
+    Args:
+        student, teacher: features [N, D]; the teacher is detached.
+        temperature: T > 0 of the cosines.
+
+    Returns:
+        Scalar >= 0, the mean of both directions. On several ranks each compares its own pairs.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+    figure 3; van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
+    """
+    similar = _unit(student) @ _unit(teacher.detach()).T / temperature
+    own = torch.arange(len(similar), device=similar.device)
+    return (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+
+
+def _unit(features):
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def feature_mse(student, teacher, temperature=None):
+    """Mean squared difference of the features [N, D]; the teacher is detached, and there is no temperature.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
+    """
+    return F.mse_loss(student.float(), teacher.detach().float())
+
+
+# By the names of FEATURE_LOSS: (student's features, teacher's features, temperature) -> scalar.
+FEATURE_LOSSES = {
+    "kl": distillation_loss, "relations": relation_loss, "contrastive": contrastive_loss, "mse": feature_mse,
+}  # fmt: skip

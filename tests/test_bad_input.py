@@ -477,11 +477,11 @@ CASES = [
         "LEARNING_RATE=0", "WEIGHT_DECAY=-1", "WARMUP_EPOCHS=-1", "WARMUP_EPOCHS=1e308", "CLIP=-1", "EMA=1",
         "EMA=-0.1", "VAL_FRACTION=0", "VAL_FRACTION=1", "GAMMA=-1", "BALANCE=-1", "BALANCE=1000",
         "GREY_RANGE=1", "GREY_RANGE=0,1,2", "GREY_RANGE=0,1e400", "GREY_RANGE=x,y",
-        "JITTER=-1", "SPECKLE=nan", "CLASS_WEIGHTS=", "CLASS_WEIGHTS=-1", "CLASS_WEIGHTS=nan",
+        "JITTER=-1", "SPECKLE=nan", "ROTATION=181", "CLASS_WEIGHTS=", "CLASS_WEIGHTS=-1", "CLASS_WEIGHTS=nan",
         "TRAIN_SCALES=", "TRAIN_SCALES=0", "TRAIN_SCALES=1e400", "CHIP_MEMORY_GB=-1")),
     *(bad(setting, None, f"sar_feature.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "TEMPERATURE=0", "FEATURE_TEMPERATURE=-1", "KL_WEIGHT=-1", "LABEL_WEIGHT=1e400",
-        "FEATURE_WEIGHT=nan")),
+        "FEATURE_WEIGHT=nan", "FEATURE_LOSS=l1")),
     *(bad(setting, None, f"results.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
         "OOD_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),

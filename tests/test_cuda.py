@@ -136,7 +136,7 @@ def streams(monkeypatch):
 @pytest.mark.parametrize("script, settings", [
     ("pretrain.py", ["CLASS_WEIGHTS=1,2,3,4", "SPECKLE=0.1"]),
     ("pretrain.py", ["CHIP_MEMORY_GB=1e-6"]),
-    ("sar_feature.py", ["FEATURE_WEIGHT=1", "BACKBONE=test_efficientnet", "INIT="]),
+    ("sar_feature.py", ["FEATURE_WEIGHT=1", "FEATURE_LOSS=relations", "BACKBONE=test_efficientnet", "INIT="]),
     ("sar_feature.py", []),
     ("finetune.py", []),
 ])  # fmt: skip

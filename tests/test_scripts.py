@@ -146,7 +146,7 @@ def training_chips(paths, cwd, tiny_demo, held_out=0.0):
     return np.array(open_store(getattr(pairs, paths), cwd / "runs/chips")[train]), pairs.labels[train]
 
 
-PLAIN = ("JITTER=0", "SPECKLE=0", "TRAIN_SCALES=1")
+PLAIN = ("JITTER=0", "SPECKLE=0", "ROTATION=0", "TRAIN_SCALES=1")
 
 
 def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tiny_demo):

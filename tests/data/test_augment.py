@@ -1,4 +1,4 @@
-from data.augment import Augmentation, Share, jitter, normalise, resize, speckle, to_input, turn
+from data.augment import Augmentation, Share, jitter, normalise, resize, rotate, speckle, to_input, turn
 from data.batches import Batch
 
 import numpy as np
@@ -73,7 +73,7 @@ def test_shares_of_a_batch_are_augmented_as_the_whole_batch():
 
     def augmented(rows, share):
         torch.manual_seed(3)
-        return speckle(jitter(images[rows], 0.2, share), 0.1, 0.4, 0.12, share)
+        return rotate(speckle(jitter(images[rows], 0.2, share), 0.1, 0.4, 0.12, share), 30, share)
 
     batch = augmented(slice(None), None)
     for rows in (slice(0, 5), slice(5, 10), slice(3, 4)):
@@ -84,12 +84,28 @@ def test_steps_take_the_sizes_in_turn_and_each_strength_changes_the_chips():
     chips = torch.randint(0, 256, (4, 16, 16), dtype=torch.uint8)
     views, share = torch.tensor([1, 7, 0, 4]), Share(slice(0, 4), 4)
 
-    def augmented(step, jitter=0.0, speckle=0.0):
+    def augmented(step, jitter=0.0, speckle=0.0, rotation=0.0):
         batch = Batch(step, np.arange(4), views.numpy(), chips, views, None, share)
-        return Augmentation((0.4, 0.12), jitter, speckle, [16, 12, 20])(batch)
+        return Augmentation((0.4, 0.12), jitter, speckle, rotation, [16, 12, 20])(batch)
 
     for step, size in enumerate((16, 12, 20, 16, 12)):
         torch.testing.assert_close(augmented(step), to_input(turn(chips, views), size, 0.4, 0.12))
-    for name in ("jitter", "speckle"):
+    for name in ("jitter", "speckle", "rotation"):
         changed = (augmented(0, **{name: 0.3}) - augmented(0)).abs()
         assert (changed.amax((1, 2, 3)) > 0.01).all(), name
+
+
+def test_rotation_turns_each_chip_about_its_centre_by_its_own_angle():
+    torch.manual_seed(0)
+    at = torch.arange(41) - 20.0
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    blob = torch.exp(-((x - 12) ** 2 + y**2) / 8)  # right of the centre
+    images = blob.expand(200, 1, 41, 41)
+    rotated = rotate(images, 25.0)
+    mass = rotated.sum((1, 2, 3))
+    centre_x, centre_y = (rotated[:, 0] * x).sum((1, 2)) / mass, (rotated[:, 0] * y).sum((1, 2)) / mass
+    torch.testing.assert_close(torch.hypot(centre_x, centre_y), torch.full((200,), 12.0), atol=0.05, rtol=0)
+    angles = torch.rad2deg(torch.atan2(centre_y, centre_x))
+    assert 20 < angles.max() < 25.1 and -25.1 < angles.min() < -20 and abs(angles.mean()) < 3
+    torch.testing.assert_close(rotate(torch.ones(3, 1, 9, 9), 180.0), torch.ones(3, 1, 9, 9))
+    assert rotate(images, 0.0) is images

@@ -1,4 +1,12 @@
-from models.distillation import distillation_loss, match_prior
+from models.distillation import (
+    FEATURE_LOSSES,
+    contrastive_loss,
+    distillation_loss,
+    feature_mse,
+    match_prior,
+    relation_loss,
+)
+from utils.run.rules import FEATURE_LOSS
 
 import pytest
 import torch
@@ -32,10 +40,36 @@ def test_gradient_keeps_its_size_with_temperature():
     torch.testing.assert_close(norms[0], norms[1], rtol=0.05, atol=0)
 
 
-def test_no_gradient_into_the_teacher():
+@pytest.mark.parametrize("loss", FEATURE_LOSSES.values())
+def test_no_gradient_into_the_teacher(loss):
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
-    distillation_loss(student, teacher).backward()
+    loss(student, teacher, 0.5).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+def test_relations_are_those_of_each_pair_with_the_others():
+    student, teacher = STUDENT[:3], TEACHER[:3]
+    wanted = 0.0
+    for i in range(3):
+        others = [j for j in range(3) if j != i]
+        q, p = (torch.stack([F.cosine_similarity(f[i], f[j], dim=0) for j in others]).div(0.2).softmax(0)
+                for f in (student, teacher))  # fmt: skip
+        wanted += (p * (p / q).log()).sum() / 3
+    torch.testing.assert_close(relation_loss(student, teacher, 0.2), wanted)
+    turn = torch.linalg.qr(torch.randn(7, 7, generator=G, dtype=torch.float64))[0]
+    assert relation_loss(3 * TEACHER @ turn, TEACHER).abs() < 1e-12  # the same similarities in other axes
+
+
+def test_contrast_names_the_own_photograph_of_each_chip_and_the_own_chip_of_each_photograph():
+    similar = torch.stack([F.cosine_similarity(s[None], TEACHER[:4]) for s in STUDENT[:4]]) / 0.3
+    wanted = -(similar.log_softmax(1).diagonal() + similar.log_softmax(0).diagonal()).mean() / 2
+    torch.testing.assert_close(contrastive_loss(STUDENT[:4], TEACHER[:4], 0.3), wanted)
+    assert contrastive_loss(TEACHER, TEACHER, 0.01) < 1e-6 < contrastive_loss(TEACHER.flip(0), TEACHER, 0.01)
+
+
+def test_mse_and_the_names_of_the_losses():
+    torch.testing.assert_close(feature_mse(STUDENT, TEACHER), (STUDENT - TEACHER).square().mean().float())
+    assert tuple(FEATURE_LOSSES) == FEATURE_LOSS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

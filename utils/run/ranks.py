@@ -7,6 +7,7 @@ the functions below return their input.
 import contextlib
 import os
 import sys
+import time
 
 from utils.run.settings import SettingError
 
@@ -46,8 +47,18 @@ def distributed():
             os._exit(1)  # this error only follows from the other rank's exit
         raise
     except SystemExit:
-        dist.destroy_process_group()
+        _leave()
         raise
+    _leave()
+
+
+def _leave():
+    """Leave the group of ranks.
+
+    A thread of gloo may be about to free the tensors of the last exchange, for which it needs Python's lock. torch 2.4
+    keeps that lock while it waits for the thread, forever; a pause before lets the thread end.
+    """
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 CLUSTER_BY = ("auto", "features", "sequence", "both", "none")
+FEATURE_LOSS = ("kl", "relations", "contrastive", "mse")
 VOTE = ("mixture", "product", "soft", "hard")
 MOST = 1e9  # above every sensible value of every number
 
@@ -73,9 +74,11 @@ RULES = {
     "LABELLED_SHARE": SHARE,
     "BACKGROUND": SHARE,
     "BALANCE_ENTITIES": SHARE,
+    "ROTATION": number("from 0 to 180", lambda x: 0 <= x <= 180),
     "BALANCE": number("from 0 to 2", lambda x: 0 <= x <= 2),
     "GREY_RANGE": Rule("empty, or two numbers, black and white, the first below the second", _is_range),
     "SENSOR": one_of("EO", "SAR"),
+    "FEATURE_LOSS": one_of(*FEATURE_LOSS),
     "CLUSTER_BY": one_of(*CLUSTER_BY),
     "VOTE": one_of(*VOTE),
     "CLUSTER_SCORE": one_of("features", "mean", "none"),
