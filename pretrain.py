@@ -52,7 +52,7 @@ BALANCE = 0.5  # chips drawn with probability count^-BALANCE: 1 = classes equal,
 BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness, in standard deviations of the grey level
 SPECKLE = 0.0  # random multiplicative noise, relative to the grey level
-ROTATION = 20.0  # random rotation by up to so many degrees either way, beyond the quarter turns
+ROTATION = 0.0  # random rotation by up to so many degrees either way, beyond the quarter turns
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes relative to IMAGE_SIZE that the steps take in turn
 SEED = 0  # fixes everything random
 RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it

@@ -60,7 +60,7 @@ BALANCE = 1.0  # pairs drawn with probability count^-BALANCE: 1 = classes equal,
 BALANCE_ENTITIES = 0.0  # the same within a class: 1 = its entities equally often, 0 = its chips
 JITTER = 0.3  # random contrast and brightness of the SAR chip, in standard deviations
 SPECKLE = 0.1  # random multiplicative noise on the SAR chip, relative to the grey level
-ROTATION = 20.0  # random rotation by up to so many degrees either way, beyond the quarter turns
+ROTATION = 0.0  # random rotation by up to so many degrees either way, beyond the quarter turns
 TRAIN_SCALES = (0.875, 1.0, 1.125)  # input sizes of the student that the steps take in turn
 CACHE_TEACHER = True  # True asks the teacher once for each chip and view, False at every step
 SEED = 0  # fixes everything random

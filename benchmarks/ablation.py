@@ -84,7 +84,7 @@ networks = {
     # Ten epochs of a tenth of the pairs are as many steps as one epoch of all.
     "tenth_no_kl": ("sar_feature.py", "LABELLED_SHARE=0.1", "KL_WEIGHT=0", f"EPOCHS={10 * sar_feature.EPOCHS}"),
     "kl_alone": ("sar_feature.py", "LABEL_WEIGHT=0"),
-    "not_rotated": ("sar_feature.py", "ROTATION=0"),
+    "rotated": ("sar_feature.py", "ROTATION=20"),
     "kl_on_features": ("sar_feature.py", "FEATURE_WEIGHT=1"),
     "relations": ("sar_feature.py", "FEATURE_WEIGHT=1", "FEATURE_LOSS=relations", "FEATURE_TEMPERATURE=0.1"),
     "contrastive": ("sar_feature.py", "FEATURE_WEIGHT=0.3", "FEATURE_LOSS=contrastive", "FEATURE_TEMPERATURE=0.1"),
@@ -344,7 +344,7 @@ groups = {
     "one step less": one_step_less,
     "loss and sampling (one view)": in_one_view({
         "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy",
-        "BALANCE=0": "as_they_are", "BALANCE=0.5": "half", "ROTATION=0": "not_rotated",
+        "BALANCE=0": "as_they_are", "BALANCE=0.5": "half", "ROTATION=20": "rotated",
     }),
     "from EO to SAR (one view)": in_one_view({
         "SAR from scratch": SCRATCH, "from the EO weights, no KL": "no_kl", "KL alone": "kl_alone",
