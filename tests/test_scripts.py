@@ -189,7 +189,7 @@ def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_
         captured("pretrain.py", root, f"ENTITIES={listed}", *by_entity),
         captured("pretrain.py", root, f"ENTITIES={listed}", "SENSOR=SAR", *by_entity),
         captured("sar_feature.py", root, f"TEACHER={tmp_path}/teacher.pt", *by_entity),
-        captured("finetune.py", root, f"STUDENT={tmp_path}/student.pt", "BALANCE_ENTITIES=1"),
+        captured("finetune.py", root, f"STUDENT={tmp_path}/student.pt", "BALANCE_ENTITIES=1", "ALL_VIEWS=False"),
     ]
     (train, held_out), *others = splits
     assert len(held_out) and not {vehicles[i] for i in train} & {vehicles[i] for i in held_out}
@@ -205,7 +205,7 @@ def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_
 
 
 @pytest.mark.parametrize("script, settings", [
-    ("pretrain.py", ["SENSOR=SAR"]), ("sar_feature.py", []), ("finetune.py", []),
+    ("pretrain.py", ["SENSOR=SAR"]), ("sar_feature.py", []), ("finetune.py", ["ALL_VIEWS=False"]),
 ])  # fmt: skip
 def test_where_labelled_chips_validate_no_pair_is_held_out(pipeline, captured, tiny_demo, script, settings):
     _, batches, validate, *_ = captured(script, f"DATA_ROOT={tiny_demo}", *settings)

@@ -248,6 +248,7 @@ def test_workers_are_forked_only_while_neither_cuda_nor_torch_distributed_runs(m
         assert not may_fork()
 
 
+@pytest.mark.slow
 def test_stores_are_equal_however_the_workers_start(tmp_path, files, monkeypatch):
     made = []
     for fork in (True, False):

@@ -206,6 +206,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         Classifier("test_resnet", 10, 64, str(tmp_path / "weights.pt"))
 
 
+@pytest.mark.slow
 def test_weights_of_another_size_from_a_file(tmp_path):
     torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), tmp_path / "vit.pt")
     model = Classifier("test_vit", 3, 56, str(tmp_path / "vit.pt"))

@@ -108,6 +108,7 @@ def test_a_side_flashes_when_it_faces_the_radar():
     assert bright_pixels(0.0) > 2 * bright_pixels(0.6)
 
 
+@pytest.mark.slow
 def test_the_flight_shift_changes_brightness_clutter_and_the_depression():
     group = Group("sedan", list(range(6)))
 

@@ -27,7 +27,8 @@ def same(outputs, predictions):
     np.testing.assert_allclose(confidence, predictions.confidence, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("tta, score, size", [(False, "", 32), pytest.param(True, "knn", 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tta, score, size", [(False, "", 32), (True, "knn", 40)])
 def test_the_program_gives_what_the_predictor_gives(make_checkpoint, chips, tmp_path, monkeypatch, tta, score, size):
     path, out = make_checkpoint(image_size=size), tmp_path / "new/student.pt2"
     exported(monkeypatch, f"CHECKPOINT={path}", f"OUT={out}", f"TTA={tta}", f"OOD_SCORE={score}")

@@ -62,7 +62,7 @@ def test_class_folders_and_official_numbers_give_the_scores_of_the_named_referen
 
 @pytest.mark.parametrize("name", [
     lambda i, number: hashlib.md5(str(number).encode()).hexdigest(),
-    lambda i, number: f"run{i % 3}_{i // 3:04d}",
+    pytest.param(lambda i, number: f"run{i % 3}_{i // 3:04d}", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_names_without_frame_numbers_give_each_chip_its_own_prediction(results, reference, tiny_demo, tmp_path, name):
     lines = ["image_id,class,OOD_flag"]

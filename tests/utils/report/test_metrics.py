@@ -46,6 +46,7 @@ def test_class_mean_ignores_classes_that_do_not_occur():
     assert class_mean_accuracy(np.array([0, 0, 2, 1]), np.array([0, 0, 0, 1])) == pytest.approx((2 / 3 + 1) / 2)
 
 
+@pytest.mark.slow
 def test_intervals_contain_the_score_and_are_wider_for_groups():
     """Copies of a chip in one group add no information: the interval stays as wide."""
     arrays = PREDICTED, CONFIDENCE, LABELS, OOD
