@@ -148,13 +148,19 @@ def _build(name, image_size, weights):
     model, options, size = _build_for_size(name, image_size)
     if not weights:
         return model, size
+    is_own = not hasattr(model, "default_cfg")  # a registered function that does not use timm's builder
+    if is_own and weights == "timm":
+        raise BackboneError(f"timm has no weights of your own backbone {name}; set WEIGHTS to a file, or to nothing")
     try:
-        source = _source(name, model.state_dict(), weights)
-        return timm.create_model(name, **CHIPS, **source, **options), size
+        source = {} if weights == "timm" else {"pretrained_cfg_overlay": {"state_dict": _state(name, model, weights)}}
+        if is_own:  # timm's builder loads the weights of its models
+            model.load_state_dict(source["pretrained_cfg_overlay"]["state_dict"], strict=False)
+            return model, size
+        return timm.create_model(name, **CHIPS, pretrained=True, **source, **options), size
     except (BackboneError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a failed download raises one of many exceptions
-        if "loading state_dict" in str(error):
+        if "loading state_dict" in str(error) and not is_own:
             default = model.default_cfg["input_size"][-1]
             details = str(error).splitlines()[-1].strip()
             raise BackboneError(
@@ -198,7 +204,8 @@ def _build_for_size(name, image_size):
         return model, options, size
     if as_timm_builds_it is None:
         timm.create_model(name, **CHIPS)  # raises what is wrong with the model itself
-    return as_timm_builds_it, {}, as_timm_builds_it.default_cfg["input_size"][-1]
+    own_size = getattr(as_timm_builds_it, "default_cfg", {}).get("input_size", [image_size])[-1]
+    return as_timm_builds_it, {}, own_size
 
 
 def _nearest_size(model, name, side, built_size, reach):
@@ -267,13 +274,9 @@ def _probe(model, size):
     return features
 
 
-def _source(name, expected, weights):
-    """Arguments of timm.create_model for the weights: timm's from the hub, or those of a file.
-
-    expected: state dict of the backbone.
-    """
-    if weights == "timm":
-        return {"pretrained": True}
+def _state(name, model, weights):
+    """The state dict in the file `weights` as the backbone `model` takes it."""
+    expected = model.state_dict()
     try:
         state = dict(load_state_dict(weights, weights_only=True))  # timm's default was False once
         state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
@@ -298,4 +301,4 @@ def _source(name, expected, weights):
         # gives the same output as equal channels.
         if value.ndim == 4 and value.shape[1] == 1 and state[key].ndim == 4:
             state[key] = state[key].sum(dim=1, keepdim=True)
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+    return state

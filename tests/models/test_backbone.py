@@ -1,9 +1,13 @@
+from functools import partial
+from unittest import mock
+
 from models.backbone import BackboneError, Classifier
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -251,3 +255,33 @@ def test_three_training_sizes_compile_twice():
     for size in (49, 56, 63, 49, 56):
         model.backbone(torch.rand(4, 1, size, size)).sum().backward()
     assert len(graphs) == 2
+
+
+@pytest.fixture
+def own_backbone():
+    """A backbone that timm's own builder does not make, as the README says."""
+
+    def ours(pretrained=False, in_chans=1, num_classes=0, pooled=True, **options):
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if pooled else []
+        return nn.Sequential(nn.Conv2d(in_chans, 4, 3, padding=1), nn.ReLU(), *pool)
+
+    unpooled = partial(ours, pooled=False)
+    with mock.patch.dict("timm.models._registry._model_entrypoints", {"ours": ours, "unpooled": unpooled}):
+        yield
+
+
+def test_a_backbone_of_ones_own_takes_its_weights_from_a_file_or_refuses(own_backbone, tmp_path):
+    trained, path = Classifier("ours", 3, 16), str(tmp_path / "ours.pt")
+    torch.save(trained.backbone.state_dict(), path)
+    again = Classifier("ours", 3, 16, path)
+    assert torch.equal(again.backbone[0].weight, trained.backbone[0].weight)
+    with pytest.raises(BackboneError, match="timm has no weights of your own backbone ours"):
+        Classifier("ours", 3, 16, "timm")
+    torch.save({"0.weight": torch.zeros(5, 1, 3, 3), "0.bias": torch.zeros(5)}, path)
+    with pytest.raises(BackboneError, match="does not hold the weights of ours"):
+        Classifier("ours", 3, 16, path)
+
+
+def test_a_backbone_of_ones_own_that_does_not_pool_is_refused(own_backbone):
+    with pytest.raises(BackboneError, match=r"no pooled features \[N, D\] but \[1, 4, "):
+        Classifier("unpooled", 3, 16)

@@ -5,6 +5,9 @@ Each score in the dictionary SCORES is a pair:
     fit(features [N, D], labels [N], counts [C], background) -> {name: tensor}, or None if nothing is fitted
     score(logits [N, C], features [N, D], fitted, temperature=1.0) -> confidence [N]
 
+The fit gets arrays, and `background` as a number. A score with a fit uses the features alone: its scale is taken when
+it is fitted, before the head is trained, and `logits` is None then.
+
 `score` takes the device from its tensors, never waits for the device, and uses matrix products only, so
 that it runs in an exported program. A further score is one function (two with a fit) and one line in SCORES.
 """
@@ -206,14 +209,19 @@ def fit_scores(features, labels, counts, background=0.75):
         Scores with the same fit share its tensors, in a checkpoint's file too.
 
     Raises:
-        DataError: of `fit_gaussians`.
+        DataError: of `fit_gaussians`; or a score does not keep to what the top of this file says.
     """
     fits = {score.fit for score in SCORES.values() if score.fit}
     fits = {fit: fit(features, labels, counts, background) for fit in fits}
     chips, fitted = torch.as_tensor(np.asarray(features)), {}
     for name, score in SCORES.items():
         if score.fit:
-            confidence = score.score(None, chips, fits[score.fit])
+            values = fits[score.fit]
+            if not isinstance(values, dict) or not all(map(torch.is_tensor, values.values())):
+                raise DataError(f"the fit of the OOD score {name!r} does not return a dictionary of tensors")
+            confidence = score.score(None, chips, values)
+            if confidence.shape != (len(chips),):
+                raise DataError(f"the OOD score {name!r} gives {list(confidence.shape)} for [{len(chips)}] chips")
             moments = {"location": confidence.mean(), "spread": confidence.std(correction=0)}
             fitted[name] = fits[score.fit] | moments
     return fitted

@@ -1,3 +1,4 @@
+from data.errors import DataError
 from utils.predict import ood
 from utils.predict.ood import SCORES, cluster_mean, fit_gaussians, fit_scores, log_densities
 
@@ -160,3 +161,14 @@ def test_cluster_mean():
     values, clusters = np.array([1.0, 3.0, 10.0]), np.array([0, 0, 1])
     np.testing.assert_allclose(cluster_mean(values, clusters), [2, 2, 10])
     np.testing.assert_allclose(cluster_mean(values[:, None] * [1, 2], clusters)[:, 1], [4, 4, 20])
+
+
+@pytest.mark.parametrize("fit, score, message", [
+    (lambda *_: np.zeros(3), lambda *_: torch.zeros(8), "does not return a dictionary of tensors"),
+    (lambda *_: {"mean": np.zeros(3)}, lambda *_: torch.zeros(8), "does not return a dictionary of tensors"),
+    (lambda *_: {}, lambda *_: torch.zeros(()), r"gives \[\] for \[8\] chips"),
+])  # fmt: skip
+def test_a_score_that_breaks_the_rules_is_named_when_it_is_fitted(monkeypatch, fit, score, message):
+    monkeypatch.setattr(ood, "SCORES", {"mine": ood.Score(fit, score)})
+    with pytest.raises(DataError, match=f"'mine'.*{message}"):
+        ood.fit_scores(torch.randn(8, 3), np.arange(8) % 2, [4, 4])
