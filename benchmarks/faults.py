@@ -261,6 +261,7 @@ def two_starts():
         wait_for_file(first, out / "last.pt")
         time.sleep(random.uniform(0, 0.2))
         first.send_signal(signal.SIGSTOP)  # or it could end before the second one has imported its packages
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # a write may end before it stops
         before = contents(out)
         is_refused = refused(start(script, f"OUT_DIR={out}"), "another process")
         intact = contents(out) == before
