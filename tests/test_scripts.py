@@ -164,6 +164,7 @@ def test_pretrain_trains_with_focal_loss_on_turned_chips(pipeline, captured, tin
         torch.testing.assert_close(loss, (-((1 - p) ** 3) * p.log()).mean(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_demo, tmp_path, monkeypatch):
     """Without val/ all stages, also the baseline, hold out the same whole entities, though only the first is told."""
     demo = tmp_path / "demo"
@@ -313,6 +314,7 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_de
         assert truth.tolist() == labels[indices].tolist()
 
 
+@pytest.mark.slow
 def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
     cwd, _ = pipeline
     teachers = []

@@ -279,6 +279,7 @@ def many(tmp_path):
     return paths
 
 
+@pytest.mark.slow
 def test_digest_depends_on_pixels_and_order_only(tmp_path, many, monkeypatch):
     def digest(paths, side=12, fork=True):
         return decode_all(paths, tmp_path / "chips.npy", side, fork).digest

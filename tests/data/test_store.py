@@ -355,6 +355,7 @@ def test_subsets_have_positions_of_their_own(tmp_path, memory):
         subset[3]
 
 
+@pytest.mark.slow
 def test_what_was_read_from_disk_is_released(tmp_path, monkeypatch):
     """A run over a store on disk keeps no more of it in memory than RELEASE_AFTER allows, times a page a chip."""
     chips = np.random.default_rng(3).integers(0, 256, (5000, 56, 56), dtype=np.uint8)  # 16 MB

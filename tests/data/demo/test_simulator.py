@@ -42,6 +42,7 @@ def survey():
     return eo, sar, np.array(owner), np.array(moving)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sensor, side", [("EO", 32), ("SAR", 56)])
 def test_grey_levels_match_the_real_chips(survey, sensor, side):
     column = ("EO", "SAR").index(sensor)

@@ -148,6 +148,7 @@ def test_empty_chips_are_as_frequent_as_in_the_real_set(monkeypatch):
     assert np.mean(empty) == pytest.approx(2 / 826, rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_files_are_the_same_on_any_number_of_processes_and_others_for_another_seed(demo, tmp_path):
     write_demo(tmp_path / "one", 0, SMALL, 0.02, 0.02, workers=1)
     write_demo(tmp_path / "three", 0, SMALL, 0.02, 0.02, workers=3)

@@ -39,6 +39,7 @@ def sorted_rows(rows):
     return sorted((row["image_id"], row["class_id"], row["score"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_class_folders_and_official_numbers_give_the_scores_of_the_named_reference(
     results, reference, tiny_demo, tmp_path
 ):

@@ -71,6 +71,7 @@ def test_intervals_where_some_resamples_are_undefined():
     assert np.isnan(list(limits.values())).all()
 
 
+@pytest.mark.slow
 def test_scores_do_not_load_matplotlib():
     program = "import sys, utils.report.prediction; print({'matplotlib', 'sklearn.manifold'} & {*sys.modules})"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
