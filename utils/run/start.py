@@ -44,7 +44,7 @@ def _what_is_left():
     for out_dir in out_dirs:
         names = sorted(path.name for path in Path(out_dir).glob("*") if path.is_file())
         if "last.pt" in names:
-            return f"{out_dir} holds {', '.join(names)}: start again to go on from last.pt"
+            return f"{out_dir} holds {', '.join(names)}: correct it and start again to go on from last.pt"
         if names:
             return f"{out_dir} holds {', '.join(names)}, as they were before or complete"
     return "nothing was written into OUT_DIR"

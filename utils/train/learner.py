@@ -103,7 +103,10 @@ class Learner:
     def _forward(self, batch):
         try:
             with autocast(self.device):
-                return self.forward(batch)
+                result = self.forward(batch)
+            if not isinstance(result, tuple) or len(result) != 3 or result[0].ndim:
+                raise SettingError("loss_of has to return (loss, logits, labels), and the loss has to be one number")
+            return result
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

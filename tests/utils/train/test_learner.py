@@ -171,3 +171,15 @@ def test_the_meter_counts_steps_without_a_finite_loss():
     assert figures.loss == pytest.approx(good.loss) and figures.accuracy == pytest.approx(good.accuracy)
     ours.meter.reset()
     assert ours.meter.final() == (0.0, 0.0, 0, 3)
+
+
+@pytest.mark.parametrize("wrong", [lambda loss, *_: loss.mean(), lambda loss, *others: (loss, *others)])
+def test_a_loss_that_is_no_number_is_refused_with_a_sentence(wrong):
+    model = network()
+
+    def loss_of(batch):
+        logits = model(batch.chips)
+        return wrong(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+
+    with pytest.raises(SettingError, match="the loss has to be one number"):
+        Learner(model, loss_of, Sizes, Optimization(0.01, 0.1)).step(batch(0))
