@@ -148,15 +148,18 @@ def _build(name, image_size, weights):
     model, options, size = _build_for_size(name, image_size)
     if not weights:
         return model, size
-    is_own = not hasattr(model, "default_cfg")  # a registered function that does not use timm's builder
-    if is_own and weights == "timm":
+    is_own = not timm.model_entrypoint(architecture).__module__.startswith("timm.")
+    if weights == "timm" and not hasattr(model, "default_cfg"):
         raise BackboneError(f"timm has no weights of your own backbone {name}; set WEIGHTS to a file, or to nothing")
     try:
-        source = {} if weights == "timm" else {"pretrained_cfg_overlay": {"state_dict": _state(name, model, weights)}}
-        if is_own:  # timm's builder loads the weights of its models
-            model.load_state_dict(source["pretrained_cfg_overlay"]["state_dict"], strict=False)
+        if weights == "timm":
+            return timm.create_model(name, **CHIPS, pretrained=True, **options), size
+        state = _state(name, model, weights)
+        if is_own:  # only timm's own functions are sure to load what they are given
+            model.load_state_dict(state, strict=False)
             return model, size
-        return timm.create_model(name, **CHIPS, pretrained=True, **source, **options), size
+        overlay = {"state_dict": state}
+        return timm.create_model(name, **CHIPS, pretrained=True, pretrained_cfg_overlay=overlay, **options), size
     except (BackboneError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a failed download raises one of many exceptions

@@ -265,16 +265,21 @@ def own_backbone():
         pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if pooled else []
         return nn.Sequential(nn.Conv2d(in_chans, 4, 3, padding=1), nn.ReLU(), *pool)
 
-    unpooled = partial(ours, pooled=False)
-    with mock.patch.dict("timm.models._registry._model_entrypoints", {"ours": ours, "unpooled": unpooled}):
+    def around_timm(pretrained=False, in_chans=1, num_classes=0, **options):
+        return timm.create_model("test_resnet", in_chans=in_chans, num_classes=num_classes)
+
+    own = {"ours": ours, "unpooled": partial(ours, pooled=False), "around_timm": around_timm}
+    with mock.patch.dict("timm.models._registry._model_entrypoints", own):
         yield
 
 
 def test_a_backbone_of_ones_own_takes_its_weights_from_a_file_or_refuses(own_backbone, tmp_path):
-    trained, path = Classifier("ours", 3, 16), str(tmp_path / "ours.pt")
-    torch.save(trained.backbone.state_dict(), path)
-    again = Classifier("ours", 3, 16, path)
-    assert torch.equal(again.backbone[0].weight, trained.backbone[0].weight)
+    path = str(tmp_path / "ours.pt")
+    for name in ("around_timm", "ours"):
+        trained = Classifier(name, 3, 16).backbone.state_dict()
+        torch.save(trained, path)
+        loaded = Classifier(name, 3, 16, path).backbone.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in trained.items())
     with pytest.raises(BackboneError, match="timm has no weights of your own backbone ours"):
         Classifier("ours", 3, 16, "timm")
     torch.save({"0.weight": torch.zeros(5, 1, 3, 3), "0.bias": torch.zeros(5)}, path)
