@@ -79,11 +79,10 @@ def main():
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
     paths = pairs.eo if SENSOR == "EO" else pairs.sar
-    side, grey_range = choose_reading(paths, GREY_RANGE)
-    chips = open_store(paths, STORE_DIR, SKIP_BAD, side, grey_range)
+    side, grey_range = reading = choose_reading(paths, GREY_RANGE)
+    chips = open_store(paths, STORE_DIR, SKIP_BAD, *reading)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (store,) = place_stores(budget, chips)
-    reading = side, grey_range
     labelled = labelled_chips(DATA_ROOT, pairs, reading, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
     train, held_out = split_pairs(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))

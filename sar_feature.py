@@ -99,14 +99,14 @@ def main():
 
     unlabelled = find_unlabelled(root)
     eo_paths, sar_paths = pairs.eo + unlabelled[0], pairs.sar + unlabelled[1]
-    side, grey_range = choose_reading(sar_paths, GREY_RANGE)
+    side, grey_range = reading = choose_reading(sar_paths, GREY_RANGE)
     eo_chips = open_store(eo_paths, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
-    sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, side, grey_range)
+    sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, *reading)
     bad = unreadable(eo_chips), unreadable(sar_chips)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     eo, sar = place_stores(budget, eo_chips, sar_chips)
     # Where labelled chips validate, the student learns from all pairs, also from those that the teacher left out.
-    labelled = labelled_chips(root, pairs, (side, grey_range), budget, STORE_DIR, SKIP_BAD)
+    labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
     train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"], *bad)

@@ -3,7 +3,6 @@
 import csv
 import shutil
 
-from data.augment import Share, jitter, rotate, speckle
 from data.batches import Batches
 from data.sampler import BalancedStream, WeightedStream
 from models.backbone import Classifier
@@ -32,13 +31,13 @@ with distributed():
     share = len(images[rows]) / 6
     (((both(images[rows]) - wanted[rows]) ** 2).mean() * share * 2).backward()
     of_ranks = [None, None]
-    kept = [p.grad for p in model.parameters()] + list(model.buffers())
-    dist.all_gather_object(of_ranks, [x.tolist() for x in kept])
+    gradients_and_buffers = [p.grad for p in model.parameters()] + list(model.buffers())
+    dist.all_gather_object(of_ranks, [x.tolist() for x in gradients_and_buffers])
     assert of_ranks[0] == of_ranks[1]
     assert max_over_ranks(rank(), 5 - rank()) == (1, 5) and on_rank_0(lambda: rank() + 7) == 7
     assert gather_over_ranks(torch.from_numpy(share_of_rank(5)), 5).tolist() == [0, 1, 2, 3, 4]
     if rank() == 0:
-        torch.save(kept, sys.argv[1])
+        torch.save(gradients_and_buffers, sys.argv[1])
 """
 
 
@@ -48,13 +47,13 @@ def test_gradients_and_batch_statistics_are_those_of_the_whole_batch(tmp_path):
     from torch import nn
 
     (tmp_path / "worker.py").write_text(WORKER)
-    must(run_ranks(2, tmp_path / "worker.py", tmp_path, tmp_path / "kept.pt"))
+    must(run_ranks(2, tmp_path / "worker.py", tmp_path, tmp_path / "gradients.pt"))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
     images, wanted = torch.randn(6, 1, 9, 9) + 3, torch.randn(6, 2, 5, 5)
     ((model(images) - wanted) ** 2).mean().backward()
-    kept = [p.grad for p in model.parameters()] + list(model.buffers())
-    for found, expected in zip(load(tmp_path / "kept.pt"), kept, strict=True):
+    gradients_and_buffers = [p.grad for p in model.parameters()] + list(model.buffers())
+    for found, expected in zip(load(tmp_path / "gradients.pt"), gradients_and_buffers, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -67,24 +66,13 @@ def test_ranks_draw_together_what_one_process_draws(kind, balance_entities, rank
     options = (0.5, 7) if kind is WeightedStream else (7,)
     options += (entities, balance_entities)
     stream, cpu = kind(labels, 16, *options), torch.device("cpu")
-    alone = Batches(stream, labels, cpu, 1, paths=range(73))
+    one_process = Batches(stream, labels, cpu, 1, paths=range(73))
     ranks_ = [Batches(stream, labels, cpu, 1, ranks=(i, ranks)) for i in range(ranks)]
     for step in range(40):
         drawn = zip(*(batches.draw(step) for batches in ranks_), strict=True)
-        for one, several in zip(alone.draw(step), drawn, strict=True):
+        for one, several in zip(one_process.draw(step), drawn, strict=True):
             assert (np.concatenate(several) == one).all()
-        assert alone.names(step) == list(alone.draw(step)[0])
-
-
-def test_ranks_augment_as_one_process_does():
-    images = torch.randn(10, 1, 5, 5)
-
-    def noisy(images, share=None):
-        torch.manual_seed(3)
-        return rotate(jitter(speckle(images, 0.1, 0.4, 0.2, share), 0.3, share), 20, share)
-
-    parts = [noisy(images[rows], Share(rows, 10)) for rows in (slice(0, 3), slice(3, 10))]
-    assert torch.equal(torch.cat(parts), noisy(images))
+        assert one_process.names(step) == list(one_process.draw(step)[0])
 
 
 SMALL_STEPS = ("OPTIMIZER=sgd", "LEARNING_RATE=0.001")

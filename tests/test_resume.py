@@ -153,18 +153,18 @@ def test_a_finished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
 
     def again(*settings):
         printed = must(run_script("pretrain.py", tmp_path, *SMALL, *settings))
-        kept = [path for path in tmp_path.glob("runs/pretrain.*/last.pt") if path.read_bytes() == content]
-        return printed, kept
+        set_aside = [path for path in tmp_path.glob("runs/pretrain.*/last.pt") if path.read_bytes() == content]
+        return printed, set_aside
 
     shutil.move(tmp_path / "here", tmp_path / "there")
-    printed, kept = again("DATA_ROOT=there", "DEVICE=cpu")
-    assert "nothing was trained: runs/pretrain holds this run already, finished on 20" in printed and not kept
+    printed, set_aside = again("DATA_ROOT=there", "DEVICE=cpu")
+    assert "nothing was trained: runs/pretrain holds this run already, finished on 20" in printed and not set_aside
     assert "written" not in printed and "RESUME=False trains it anew" in printed and "next: python sar" in printed
     for path in (tmp_path / "there/train/EO_Train").rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
-    printed, kept = again("DATA_ROOT=there")
-    assert "is kept as runs/pretrain.1 (the data" in printed and "epoch 2/2" in printed and len(kept) == 1
-    assert not same(model(kept[0]), model(tmp_path / "runs/pretrain/last.pt"))
+    printed, set_aside = again("DATA_ROOT=there")
+    assert "is kept as runs/pretrain.1 (the data" in printed and "epoch 2/2" in printed and len(set_aside) == 1
+    assert not same(model(set_aside[0]), model(tmp_path / "runs/pretrain/last.pt"))
     printed, _ = again("DATA_ROOT=there", "SEED=5")
     assert "is kept as runs/pretrain.2 (SEED was 0, is 5)" in printed
     printed, _ = again("DATA_ROOT=there", "SEED=5", "RESUME=False")

@@ -76,7 +76,7 @@ def test_shares_of_a_batch_are_augmented_as_the_whole_batch():
         return rotate(speckle(jitter(images[rows], 0.2, share), 0.1, 0.4, 0.12, share), 30, share)
 
     batch = augmented(slice(None), None)
-    for rows in (slice(0, 5), slice(5, 10), slice(3, 4)):
+    for rows in (slice(0, 5), slice(5, 10), slice(0, 3), slice(3, 10), slice(3, 4)):
         assert torch.equal(augmented(rows, Share(rows, 10)), batch[rows])
 
 

@@ -32,14 +32,14 @@ def report(folder, prediction):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def full_report(tmp_path_factory):
     """A prediction with everything on the page, its folder, the page, and the names of the pictures."""
     folder, prediction = tmp_path_factory.mktemp("report"), make_prediction()
     return prediction, folder, *report(folder, prediction)
 
 
-def test_the_page_contains_every_picture_and_no_link(whole):
-    _, folder, page, pictures = whole
+def test_the_page_contains_every_picture_and_no_link(full_report):
+    _, folder, page, pictures = full_report
     assert pictures == PICTURES
     embedded = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', page)
     assert {alt.replace(" ", "_") for _, alt in embedded} == PICTURES
@@ -89,8 +89,8 @@ def test_no_mistake_no_picture_of_mistakes(tmp_path):
     assert report(tmp_path, prediction)[1] == PICTURES - {"roc", "mistakes"}
 
 
-def test_settings_and_scores_on_the_page(whole):
-    prediction, _, page, _ = whole
+def test_settings_and_scores_on_the_page(full_report):
+    prediction, _, page, _ = full_report
     assert "DATA_ROOT = &#x27;data/&lt;a &amp; b&gt;&#x27;" in page
     for value in prediction.scores["+ vote"].values():
         assert f"<b>{value:.3f}</b>" in page
