@@ -1,0 +1,266 @@
+"""What benchmarks/ablation.py measures on: the networks of a seed, and the labelled chips that they predict."""
+
+import contextlib
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import results
+import sar_feature
+from data.layouts import COLUMNS, find_pairs, find_reference, find_test, find_validation, read_chips
+from data.store import ChipStore, open_store
+from utils.predict.clusters import choose_clustering, cluster_chips
+from utils.predict.members import load_members
+from utils.predict.ood import DEFAULT, NO_FIT
+from utils.predict.pipeline import PipelineSettings, run_pipeline
+from utils.predict.tta import IDENTITY
+from utils.report.metrics import scores
+from utils.run.settings import check
+
+import numpy as np
+import torch
+
+SCORED = ("accuracy", "AUROC", "total")
+
+# What results.py does by default; the same with the energy of each chip's logits; and that without the vote.
+COMPLETE = PipelineSettings(
+    DEFAULT, results.OOD_TEMPERATURE, results.CLUSTER_BY, results.CLUSTERS, results.SEQUENCE_GAP,
+    results.VOTE, results.VOTE_MIN_SHARE, results.CLUSTER_SCORE,
+)  # fmt: skip
+WITH_VOTE = replace(COMPLETE, ood_score=NO_FIT, cluster_score="none")
+NO_VOTE = replace(WITH_VOTE, cluster_by="none")
+
+PLAIN, SCRATCH, TEACHER, STUDENT, HEAD = "plain", "scratch", "teacher", "student", "head"
+
+
+class Network(NamedTuple):
+    """How a network is trained.
+
+    script, settings: its script, and what differs from the script's defaults.
+    times: how many times the epochs of the other networks it takes; source: the network that it starts from.
+    """
+
+    script: str
+    settings: tuple = ()
+    times: int = 1
+    source: str = ""
+
+
+def _student(*settings, times=1):
+    return Network("sar_feature.py", settings, times, TEACHER)
+
+
+def _head(*settings, source=STUDENT):
+    return Network("finetune.py", settings, source=source)
+
+
+# Percent of the SAR labels: a network with KL on all pairs, and one without, which learns from the labelled ones alone.
+SHARES = (25, 10, 5)
+CONTRAST = "FEATURE_WEIGHT=0.3", "FEATURE_LOSS=contrastive", "FEATURE_TEMPERATURE=0.1"
+# By their folders.
+NETWORKS = {
+    PLAIN: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1")),
+    SCRATCH: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", f"BALANCE={sar_feature.BALANCE}")),
+    TEACHER: Network("pretrain.py"),
+    STUDENT: _student(),
+    HEAD: _head(),
+    "cross_entropy": _student("GAMMA=0"),
+    "as_they_are": _student("BALANCE=0"),
+    "half": _student("BALANCE=0.5"),
+    "entities": _student("BALANCE_ENTITIES=1"),
+    "ema": _student("EMA=0.99"),
+    "rotated": _student("ROTATION=20"),
+    "no_kl": _student("KL_WEIGHT=0"),
+    "prior_not_matched": _student("MATCH_PRIOR=False"),
+    "no_labels": _student("LABELLED_SHARE=0"),
+    "kl_on_features": _student("FEATURE_WEIGHT=1"),
+    "kl_on_features_alone": _student("FEATURE_WEIGHT=1", "KL_WEIGHT=0"),
+    "relations": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=relations", "FEATURE_TEMPERATURE=0.1"),
+    "contrastive": _student(*CONTRAST),
+    "contrastive_no_kl": _student(*CONTRAST, "KL_WEIGHT=0"),
+    "mse": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=mse"),
+    "light_kl": _student("KL_WEIGHT=0.3"),
+    "soft_kl": _student("TEMPERATURE=4"),
+    "head_as_they_are": _head("BALANCED=False"),
+    "head_one_view": _head("ALL_VIEWS=False"),
+    "head_no_kl": _head(source="no_kl"),
+    **{f"kl_{share}": _student(f"LABELLED_SHARE={share / 100}") for share in SHARES},
+    # Twenty epochs of a twentieth of the pairs are as many steps as one epoch of all.
+    **{
+        f"no_kl_{share}": _student(f"LABELLED_SHARE={share / 100}", "KL_WEIGHT=0", times=100 // share)
+        for share in SHARES
+    },
+}
+ROOT = Path(__file__).resolve().parents[1]
+locks = defaultdict(threading.Lock)  # one for each folder of a network
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one seed, each trained when it is first asked for.
+
+    data_root, backbone: of the scripts. epochs: of the EO and of each SAR network, 0 = the scripts' defaults.
+    out: folder of all seeds; seed: of the training; threads: of a training process.
+    """
+
+    data_root: str
+    backbone: str
+    epochs: int
+    out: Path
+    seed: int
+    threads: int
+
+    def best(self, name):
+        """best.pt of a network."""
+        folder = self.out / f"seed{self.seed}" / name
+        with locks[folder]:
+            if not (folder / "curves.png").exists():
+                self._train(name, folder)
+        return folder / "best.pt"
+
+    def _train(self, name, folder):
+        script, settings, times, source = NETWORKS[name]
+        settings = [*settings, f"SEED={self.seed}", f"OUT_DIR={folder}", f"STORE_DIR={self.out / 'chips'}"]
+        if script == "pretrain.py":
+            settings += [f"DATA_ROOT={self.data_root}", f"BACKBONE={self.backbone}"]
+        else:
+            settings += [f"{'TEACHER' if script == 'sar_feature.py' else 'STUDENT'}={self.best(source)}"]
+        # Every SAR network takes as many optimizer steps as a distilled one; the heads keep their own.
+        epochs = self.epochs or (0 if name == TEACHER else sar_feature.EPOCHS)
+        if epochs and script != "finetune.py":
+            settings += [f"EPOCHS={epochs * times}"]
+        process = subprocess.run(
+            [sys.executable, str(ROOT / script), *settings],
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}, capture_output=True, text=True,
+        )  # fmt: skip
+        if process.returncode:
+            raise SystemExit(f"{script} {' '.join(settings)} failed:\n{process.stderr}")
+        print(f"trained: {script} {' '.join(settings)}", flush=True)
+
+
+class LabelledChips:
+    """The chips of a folder with their reference, and the objects that they show by their numbers.
+
+    Args:
+        folder: of N chips with a reference; data_root: the data set whose classes they have.
+    """
+
+    def __init__(self, folder, data_root):
+        pairs = find_pairs(data_root)
+        self.paths, self.truth = read_chips(folder, pairs.classes, pairs.class_ids)
+        check(self.truth, f"{folder} has no reference CSV, so it cannot be scored")
+        self.names = [path.name for path in self.paths]
+        self.objects = objects_by_number(self.names)
+
+    def scores(self, labels, confidence):
+        """Accuracy, AUROC and total of an answer (labels [N], confidence [N]), a list."""
+        values = scores(labels, confidence, self.truth.labels, self.truth.ood)
+        return [values[column] for column in SCORED]
+
+    def resampled_weights(self, resamples):
+        """How often each chip occurs in each resample of the objects, [resamples, N]."""
+        random, count = np.random.default_rng(0), self.objects.max() + 1
+        return random.multinomial(count, np.full(count, 1 / count), size=resamples)[:, self.objects]
+
+    def resampled(self, labels, confidence, weights):
+        """(accuracy, total) of an answer in each resample, [2, resamples]."""
+        known = ~self.truth.ood
+        accuracy = weights[:, known] @ (labels == self.truth.labels)[known] / weights[:, known].sum(1)
+        order = np.argsort(confidence)
+        ties = np.flatnonzero(np.diff(confidence[order], prepend=-np.inf))
+        of_known, of_unknown = (np.add.reduceat(weights[:, order] * x[order], ties, axis=1) for x in (known, ~known))
+        below = np.cumsum(of_unknown, axis=1) - of_unknown / 2
+        if known.all():
+            return np.stack((accuracy, accuracy))
+        area = (of_known * below).sum(1) / (of_known.sum(1) * of_unknown.sum(1))
+        return np.stack((accuracy, 0.75 * accuracy + 0.25 * area))
+
+
+class Experiment:
+    """The networks of one seed and labelled chips. Its rows are (labels [N], confidence [N]).
+
+    Args:
+        networks: `Networks`; chips: `LabelledChips`.
+    """
+
+    def __init__(self, networks, chips):
+        self.networks, self.chips, self.outputs = networks, chips, {}
+
+    def output(self, network, views=None):
+        """`Output` of a network for the chips; views: None = those of its checkpoint."""
+        if (network, views) not in self.outputs:
+            (member,) = load_members(self.networks.best(network), torch.device("cpu"))
+            chips = open_store(self.chips.paths, self.networks.out / "chips", False, *member.reading)
+            stores = {member.reading: ChipStore(chips, torch.device("cpu"))}
+            self.outputs[network, views] = member.output(stores, views=views)
+        return self.outputs[network, views]
+
+    def score(self, *outputs, settings=COMPLETE):
+        """The answer of `run_pipeline`, of one output or of an ensemble's."""
+        with contextlib.redirect_stdout(None):  # the sentence on the choice
+            cluster_by = choose_clustering(settings.cluster_by, self.chips.names, settings.sequence_gap)
+        result = run_pipeline(list(outputs), self.chips.names, replace(settings, cluster_by=cluster_by))
+        return result.labels, result.confidence
+
+    def one_view(self, network):
+        """The answer of a network that predicts each chip from one view, without a vote."""
+        return self.score(self.output(network, IDENTITY), settings=NO_VOTE)
+
+    def other_seed(self, seed):
+        """The same chips with the networks of another seed."""
+        return Experiment(replace(self.networks, seed=seed), self.chips)
+
+
+def objects_by_number(names):
+    """The object that each chip shows, by the numbers in N file names: ids, int64 [N]."""
+    with contextlib.redirect_stdout(None):  # the sentence on the choice
+        numbered = choose_clustering("sequence", names)
+    return cluster_chips(np.zeros((len(names), 1)), names, numbered)
+
+
+def choosing_and_scored(data_root, test_dir, out):
+    """(data root, folder of the chips that choose, folder of the chips that are scored).
+
+    A data set without a labelled test is cut: every second object of its val/ chooses, the others are scored. The
+    cut data set is written below `out`, its training chips are links.
+    """
+    root, pairs = Path(data_root), find_pairs(data_root)
+    if test_dir:
+        return data_root, root / "val", Path(test_dir)
+    if any((root / name).is_dir() for name in ("test", "test_images")) and find_reference(find_test(root)):
+        return data_root, root / "val", find_test(root)
+    labelled = find_validation(root, pairs.classes, pairs.class_ids)
+    check(labelled, f"{root} has no labelled chips in val/ or test/; set TEST_DIR")
+    cut = Path(out, "data")
+    if cut.exists():
+        return str(cut), cut / "val", cut / "test"
+    # Objects of one class alternate, so that both halves hold every class.
+    objects = objects_by_number([path.name for path in labelled.paths])
+    first = np.unique(objects, return_index=True)[1]
+    order = np.lexsort((first, labelled.labels[first]))
+    scored = np.empty(len(first), bool)
+    scored[order] = np.arange(len(first)) % 2 == 1
+    partial = Path(f"{cut}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for entry in root.iterdir():
+        if entry.name != "val":
+            (partial / entry.name).symlink_to(entry.resolve())
+    for name, chosen in (("val", ~scored), ("test", scored)):
+        half = labelled.subset(np.flatnonzero(chosen[objects]))
+        (partial / name).mkdir()
+        with open(partial / name / f"{name}_reference.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for path, label, ood in zip(half.paths, half.labels, half.ood, strict=True):
+                shutil.copy(path, partial / name)
+                writer.writerow((path.stem, "unknown" if ood else pairs.classes[label], int(ood)))
+    partial.rename(cut)
+    return str(cut), cut / "val", cut / "test"
