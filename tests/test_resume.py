@@ -163,10 +163,11 @@ def test_a_finished_run_is_what_it_was_made_from(tiny_demo, tmp_path):
     for path in (tmp_path / "there/train/EO_Train").rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     printed, set_aside = again("DATA_ROOT=there")
-    assert "is kept as runs/pretrain.1 (the data" in printed and "epoch 2/2" in printed and len(set_aside) == 1
+    assert "runs/pretrain is trained anew: the data" in printed and "is kept as runs/pretrain.1" in printed
+    assert "epoch 2/2" in printed and len(set_aside) == 1
     assert not same(model(set_aside[0]), model(tmp_path / "runs/pretrain/last.pt"))
     printed, _ = again("DATA_ROOT=there", "SEED=5")
-    assert "is kept as runs/pretrain.2 (SEED was 0, is 5)" in printed
+    assert "anew: SEED was 0, is 5" in printed and "is kept as runs/pretrain.2" in printed
     printed, _ = again("DATA_ROOT=there", "SEED=5", "RESUME=False")
     assert "is kept as runs/pretrain.3" in printed and "epoch 2/2" in printed
 
@@ -209,7 +210,14 @@ def test_other_code_is_another_run(tiny_demo, tmp_path):
     text = focal.read_text()
     focal.write_text(text.replace("return loss.mean()", "return 2 * loss.mean()"))
     assert focal.read_text() != text
-    assert "is kept as finished.1 (the source code has changed)" in must(run(*settings, "OUT_DIR=finished"))
+    before = (tmp_path / "finished/best.pt").read_bytes()
+    focal.write_text(text.replace("return loss.mean()", "return unknown_name"))
+    crashed = run(*settings, "OUT_DIR=finished")
+    assert crashed.returncode == 1 and "finished holds best.pt" in crashed.stderr
+    assert (tmp_path / "finished/best.pt").read_bytes() == before  # renamed when there is something to replace it
+    focal.write_text(text.replace("return loss.mean()", "return 2 * loss.mean()"))
+    printed = must(run(*settings, "OUT_DIR=finished"))
+    assert "trained anew: the source code has changed" in printed and "is kept as finished.1" in printed
     printed = must(run(*settings, "OUT_DIR=unfinished"))
     assert "the source code has changed since this run was started" in printed and "goes on from step 4" in printed
 

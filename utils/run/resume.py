@@ -50,7 +50,7 @@ class Run:
         """Decide what becomes of an earlier run in the folder.
 
         An unfinished run is resumed if settings, data and the checkpoint before are the same. A finished one
-        that differs will be kept under another name; nothing is renamed before `restore`.
+        that differs will be kept under another name; nothing is renamed before this one saves.
 
         Args:
             made_from: of `utils.run.identity.made_from`.
@@ -62,7 +62,8 @@ class Run:
             SettingError: the folder holds an unfinished run with other settings, data or checkpoint.
         """
         self.made_from = made_from
-        return on_rank_0(self._begin)
+        to_train, self.set_aside = on_rank_0(lambda: (self._begin(), self.set_aside))
+        return to_train
 
     def _begin(self):
         remove_temporary(self.out_dir)
@@ -97,24 +98,23 @@ class Run:
         Returns:
             rows of the history, best validation value, and the step to go on from.
         """
-        earlier, self.earlier, self.trained = on_rank_0(self._prepare_folder), None, True
-        if earlier is None:
+        earlier, self.earlier, self.trained = self.earlier, None, True
+        if self.set_aside and not rank():
+            print(f"the run in {self.out_dir} is trained anew: {self.set_aside}", flush=True)
+        if earlier is None or self.set_aside:
             return [], -1.0, 0
         state = earlier["run"]
         learner.load_state_dict(state["learner"])
         print(f"goes on from step {state['step']} of {state['steps']} of the run in {self.out_dir}", flush=True)
         return state["history"], state["best"], state["step"]
 
-    def _prepare_folder(self):
-        if self.set_aside:
-            _set_aside(self.out_dir, self.set_aside)
-            return None
-        return self.earlier
-
     def save(self, name, contents, state=None):
         """Write a checkpoint; with `state`, a dict of what a run needs to go on, the one before is kept as well."""
         if rank():
             return
+        if self.set_aside:
+            _set_aside(self.out_dir)
+            self.set_aside = ""
         self.out_dir.mkdir(parents=True, exist_ok=True)
         contents = contents | {"settings": self.settings, "stage": self.stage, "made_from": self.made_from}
         if state is not None:
@@ -170,13 +170,13 @@ class Run:
         return changed, "code" in differs
 
 
-def _set_aside(out_dir, why):
+def _set_aside(out_dir):
     """Rename a folder to the first free of name.1, name.2, ..."""
     number = 1
     while os.path.lexists(old := f"{os.path.normpath(out_dir)}.{number}"):
         number += 1
     os.rename(out_dir, old)
-    print(f"the earlier run in {out_dir} is kept as {old} ({why})", flush=True)
+    print(f"the earlier run in {out_dir} is kept as {old}", flush=True)
 
 
 @contextlib.contextmanager

@@ -43,8 +43,6 @@ def _what_is_left():
     """Which outputs of the script are on disk, in words."""
     for out_dir in out_dirs:
         names = sorted(path.name for path in Path(out_dir).glob("*") if path.is_file())
-        if "last.pt" in names:
-            return f"{out_dir} holds {', '.join(names)}: correct it and start again to go on from last.pt"
         if names:
-            return f"{out_dir} holds {', '.join(names)}, as they were before or complete"
+            return f"{out_dir} holds {', '.join(names)}, complete, of this run or an earlier one; start again to go on"
     return "nothing was written into OUT_DIR"

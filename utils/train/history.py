@@ -16,12 +16,7 @@ class History:
     """
 
     def __init__(self, out_dir, rows, tensorboard=False):
-        self.out_dir, self.rows, self.events = out_dir, rows, None
-        if tensorboard and not rank():
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-            # Epochs that a killed process wrote and that are trained again replace the old ones.
-            self.events = SummaryWriter(out_dir, purge_step=len(rows) + 1)
+        self.out_dir, self.rows, self.tensorboard, self.events = out_dir, rows, tensorboard, None
 
     def write(self):
         """Write all rows to history.csv, and the last one to the event files."""
@@ -32,11 +27,19 @@ class History:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-        if self.events:
-            for name, value in row.items():
-                if name != "epoch":
-                    self.events.add_scalar(name, value, row["epoch"])
-            self.events.flush()
+        if self.tensorboard:
+            self._write_event(row)
+
+    def _write_event(self, row):
+        if self.events is None:
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            # Epochs that a killed process wrote and that are trained again replace the old ones.
+            self.events = SummaryWriter(self.out_dir, purge_step=row["epoch"])
+        for name, value in row.items():
+            if name != "epoch":
+                self.events.add_scalar(name, value, row["epoch"])
+        self.events.flush()
 
     def plot(self):
         """Draw curves.png."""
