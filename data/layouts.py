@@ -95,19 +95,7 @@ def find_pairs(root, classes=()):
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"DATA_ROOT {root} is not a folder; set it to the folder of the data set")
-    for eo, sar in (("train/EO_Train", "train/SAR_Train"), ("EO_Train", "SAR_Train"), ("EO", "SAR")):
-        if (root / eo).is_dir() or (root / sar).is_dir():
-            sides = [_by_class(root / eo), _by_class(root / sar)]
-            break
-    else:
-        if not (root / "train_images").is_dir():
-            raise DataError(
-                f"{root} holds none of train/EO_Train, EO_Train, EO or train_images; "
-                "the README shows the layouts, and find_pairs in data/layouts.py takes further ones"
-            )
-        folders = _by_class(root / "train_images")
-        sides = [_with_prefix(folders, "EO_"), _with_prefix(folders, "SAR_")]
-        sides = [{_official_name(name): chips for name, chips in side.items()} for side in sides]
+    sides = _find_sides(root)
     order = class_order(set(sides[0]) | set(sides[1]), tuple(map(str, classes)))
     _check_sides(root, order, *sides)
     _check_labels(root, order, *sides)
@@ -118,6 +106,21 @@ def find_pairs(root, classes=()):
         labels=np.array([label for label, _ in keys], dtype=np.int64),
         classes=order,
         class_ids=_class_ids(order, chosen=bool(classes)),
+    )
+
+
+def _find_sides(root):
+    """{class: {name: path}} of the EO chips and of the SAR chips, in the first layout that the folder has."""
+    for eo, sar in (("train/EO_Train", "train/SAR_Train"), ("EO_Train", "SAR_Train"), ("EO", "SAR")):
+        if (root / eo).is_dir() or (root / sar).is_dir():
+            return _by_class(root / eo), _by_class(root / sar)
+    if (root / "train_images").is_dir():
+        folders = _by_class(root / "train_images")
+        sides = [_with_prefix(folders, "EO_"), _with_prefix(folders, "SAR_")]
+        return [{_official_name(name): chips for name, chips in side.items()} for side in sides]
+    raise DataError(
+        f"{root} holds none of train/EO_Train, EO_Train, EO or train_images; "
+        "the README shows the layouts, and _find_sides in data/layouts.py takes further ones"
     )
 
 

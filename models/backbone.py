@@ -143,7 +143,8 @@ def _build(name, image_size, weights):
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.4)
         raise BackboneError(
-            f"timm {timm.__version__} knows no backbone {name!r}; near: {', '.join(near) or 'none'}"
+            f"timm {timm.__version__} knows no backbone {name!r}; near: {', '.join(near) or 'none'}. The file of a "
+            "backbone of your own is imported in models/backbone.py"
         )
     model, options, size = _build_for_size(name, image_size)
     if not weights:

@@ -136,9 +136,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_ranks_weights_are_the_same_bit_for_bit_and_another_number_goes_on(tiny_demo, tmp_path):
     (tmp_path / "hashed.py").write_text(HASHED)
     settings = [f"DATA_ROOT={tiny_demo}", "BATCH_SIZE=8", "EPOCHS=3", "SPECKLE=0.1"]
-    out = must(run_ranks(3, tmp_path / "hashed.py", tmp_path, ROOT / "pretrain.py", *settings))
-    hashes = next(line for line in out.splitlines() if line.startswith("hashes")).split()[1:]
-    assert len(hashes) == 3 and len(set(hashes)) == 1
+    for seed in 0, 1:  # the second run sets the first one aside, on all ranks
+        out = must(run_ranks(3, tmp_path / "hashed.py", tmp_path, ROOT / "pretrain.py", *settings, f"SEED={seed}"))
+        hashes = next(line for line in out.splitlines() if line.startswith("hashes")).split()[1:]
+        assert len(hashes) == 3 and len(set(hashes)) == 1
+    assert (tmp_path / "runs/pretrain.1/best.pt").exists()
     # Stopped on two ranks, it goes on with one, and ends as without a stop.
     stop = write(tmp_path / "stop.py", STOPPED.format(after=2))
     process = run_ranks(2, stop, tmp_path, ROOT / "pretrain.py", *settings, "OUT_DIR=a")

@@ -410,6 +410,7 @@ def test_chips_without_numbers_are_told_of_before_the_work(pipeline, tiny_demo, 
     assert [row["image_id"] for row in rows] == ["a", "b", "c d"]
 
 
+@pytest.mark.slow
 def test_plain_sar_baseline(pipeline, tiny_demo):
     cwd, _ = pipeline
     settings = ["SENSOR=SAR", "GAMMA=0", "BALANCE=0", "EPOCHS=1", "OUT_DIR=plain", f"DATA_ROOT={tiny_demo}"]

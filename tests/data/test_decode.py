@@ -310,6 +310,7 @@ def test_workers_that_are_not_forked_do_the_same_work(tmp_path, many, monkeypatc
     assert (tmp_path / "True.npy").read_bytes() == (tmp_path / "False.npy").read_bytes()
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_forked_do_not_run_the_script_again(tmp_path, many):
     """As in a short script of a user, which has no `if __name__ == "__main__"`."""
     script = tmp_path / "script.py"

@@ -78,7 +78,7 @@ def test_sides_that_do_not_match(tmp_path):
 def test_missing_roots_and_empty_classes(tmp_path):
     with pytest.raises(DataError, match="DATA_ROOT"):
         find_pairs(tmp_path / "none")
-    with pytest.raises(DataError, match="holds none of .* find_pairs in data/layouts.py"):
+    with pytest.raises(DataError, match="holds none of .* _find_sides in data/layouts.py"):
         find_pairs(tmp_path)
     pairs_in(tmp_path, "EO", "SAR")
     (tmp_path / "EO" / "van").mkdir()

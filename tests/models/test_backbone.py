@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "mobilenetv3_small_050", "test_vit", "test_convnext", "test_efficientnet"]
+    "name", ["test_resnet", "mobilenetv3_small_050", "test_vit", "test_efficientnet"]
+    + [pytest.param("test_convnext", marks=pytest.mark.slow)],
 )
 def test_any_timm_backbone_takes_one_channel(name):
     model = Classifier(name, 10, 64).eval()
@@ -66,7 +67,7 @@ def takes_and_uses_all_pixels(model, side):
     return True
 
 
-QUICK = ("test_resnet", "test_vit", "test_convnext")
+QUICK = ("test_resnet",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
@@ -77,7 +78,8 @@ def test_images_are_resized_to_the_nearest_size_that_the_backbone_takes(name):
         assert all(takes_and_uses_all_pixels(model, side) for side in sides)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", pytest.param("pvt_v2_b0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_convnext", "pvt_v2_b0"])
 def test_no_row_is_left_over_within_a_network(name):
     """56 px would give these a map of 7 rows, of which 2x2 tiles use 6."""
     model, left_over = Classifier(name, 3, 56).check_sizes([49]).eval(), []
@@ -93,6 +95,7 @@ def test_no_row_is_left_over_within_a_network(name):
     assert len(left_over) >= 6 and not any(left_over)
 
 
+@pytest.mark.slow
 def test_rows_are_left_over_where_no_size_near_has_none(monkeypatch):
     monkeypatch.setattr("models.backbone.REACH", 3)
     assert Classifier("test_convnext", 3, 56).input_size(56) == 56
@@ -106,6 +109,7 @@ def test_every_kind_of_image_classifier_takes_the_sizes_of_the_scripts(name):
     assert all(takes_and_uses_all_pixels(model, side) for side in sides)
 
 
+@pytest.mark.slow
 def test_the_last_pixels_change_the_features_of_a_transformer():
     model = Classifier("vit_tiny_patch16_224", 3, 56).eval()
     images = torch.randn(2, 1, 56, 56)
@@ -182,8 +186,8 @@ def test_frozen_backbone_stays_bit_for_bit():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("classes", [1000, 7])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("classes", [pytest.param(1000, marks=pytest.mark.slow), 7])
 def test_weights_from_a_file(tmp_path, channels, classes):
     source = timm.create_model("test_resnet", in_chans=channels, num_classes=classes)
     torch.save(source.state_dict(), tmp_path / "weights.pt")

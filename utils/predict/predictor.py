@@ -1,6 +1,7 @@
 """Prediction from Python: `Predictor.load("runs/finetune/best.pt")(image)`."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +108,13 @@ def _listed(images):
                 "equal; give one of them, [H, W], or three equal chips as a list"
             )
         images = images if images.ndim == 3 + is_colour else images[None]
-    images = list(images)
+    images = list(images) if isinstance(images, Iterable) else [images]
     if not images:
         raise DataError("there are no images to predict")
+    for i, image in enumerate(images):
+        if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
+            kind = type(image).__name__
+            raise DataError(f"image {i} is of the type {kind}; give a path, a PIL image or a NumPy array")
     are_paths = [isinstance(image, (str, os.PathLike)) for image in images]
     names = [str(images[i]) if is_path else str(i) for i, is_path in enumerate(are_paths)]
     return images, names

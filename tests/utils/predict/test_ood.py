@@ -1,6 +1,6 @@
 from data.errors import DataError
 from utils.predict import ood
-from utils.predict.ood import SCORES, cluster_mean, fit_gaussians, fit_scores, log_densities
+from utils.predict.ood import DEFAULT, SCORES, cluster_mean, fit_gaussians, fit_scores, log_densities
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_every_score_is_higher_in_distribution(name):
     assert confidence.shape == (2,) and confidence[0] > confidence[1]
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [n if n == DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SCORES])
 def test_every_score_is_exported_and_takes_any_number_of_chips(name):
     features, labels, counts = sample(300)
     fitted = fit_scores(features, labels, counts).get(name, {})

@@ -9,6 +9,7 @@ from utils.predict import Predictor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -93,6 +94,9 @@ def test_chips_of_more_than_8_bits_are_read_through_the_checkpoint_s_range(make_
     (np.zeros((1, 2, 3, 4), np.uint8), r"uint8 \[1, 2, 3, 4\]"),
     (np.stack([np.eye(32, dtype=np.uint8)] * 3), r"\[3, 32, 32\] looks like one chip with channels first"),
     ("nowhere.png", "image nowhere.png cannot be read"),
+    (torch.zeros((2, 32, 32)), "image 0 is of the type Tensor; give a path"),
+    (b"\x89PNG", "image 0 is of the type int"),
+    (None, "image 0 is of the type NoneType"),
 ])  # fmt: skip
 def test_what_is_no_image_is_refused(make_checkpoint, images, message):
     with pytest.raises(ValueError, match=message):

@@ -83,6 +83,7 @@ def test_what_a_prediction_lacks_is_left_out(tmp_path, options, expected):
         assert (final["AUROC"] is None) == ("roc" not in expected)
 
 
+@pytest.mark.slow
 def test_no_mistake_no_picture_of_mistakes(tmp_path):
     prediction = make_prediction(ood="none")
     prediction.steps["+ vote"] = prediction.truth.labels, prediction.confidence
