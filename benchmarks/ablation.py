@@ -24,6 +24,7 @@ import sar_feature
 from benchmarks.experiment import (
     COMPLETE,
     HEAD,
+    NEAR_AND_FAR,
     NO_VOTE,
     PLAIN,
     SCORED,
@@ -113,26 +114,30 @@ def tables(of_seeds, chips):
         f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}; {len(test.names)} test chips of "
         f"{objects} objects, {known} of them known.\n"
     ]
-    heads = [*SCORED, "compared with", "difference of accuracy", "difference of total"]
-    heads += ["validation accuracy", "validation AUROC", "validation total"]
-    weights = test.resampled_weights(resamples)
+    # The first row is the test as it is.
+    weights = np.concatenate((np.ones((1, len(test.names)), int), test.resampled_weights(resamples)))
     with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["group", "row", "chips", "seed", *SCORED])
+        writer.writerow(["group", "row", "chips", "seed", "score", "value"])
         for group, first in of_seeds[0].items():
+            columns = NEAR_AND_FAR if group == "confidence" and (test.near & test.truth.ood).any() else SCORED
+            heads = [*columns, "compared with", "difference of accuracy", "difference of total"]
+            heads += [f"validation {column}" for column in columns]
             text += [f"| {group} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
             resampled = {}
             for row in first["test"]:
                 cells = {}
                 for which in chips:
                     answers = [one[group][which][row] for one in of_seeds]
-                    values = np.array([chips[which].scores(*answer) for answer in answers])
-                    writer.writerows([group, row, which, seed, *v] for seed, v in zip(SEEDS, values, strict=True))
+                    values = np.array([chips[which].scores(*answer, columns) for answer in answers])
+                    for seed, of_seed in zip(SEEDS, values, strict=True):
+                        scored = zip(columns, of_seed, strict=True)
+                        writer.writerows([group, row, which, seed, *pair] for pair in scored)
                     mean, spread = values.mean(0), values.std(0, ddof=int(len(SEEDS) > 1))
                     cells[which] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True)]
                 # The test is the last of both.
-                picture.append((group, row, mean, spread))
-                resampled[row] = values, np.array([test.resampled(*answer, weights) for answer in answers])
+                picture.append((group, row, columns, mean, spread))
+                resampled[row] = np.array([test.resampled(*answer, weights) for answer in answers])
                 other = compared_with(group, list(resampled))
                 compared = [other, *differences(resampled[row], resampled[other])] if other else ["", "", ""]
                 text.append(f"| {row} | {' | '.join([*cells['test'], *compared, *cells['validation']])} |")
@@ -150,13 +155,13 @@ def compared_with(group, rows):
 def differences(row, other):
     """Differences of accuracy and of total between two rows, each with its 95 % interval, in words.
 
-    row, other: (scores [seeds, columns], (accuracy, total) of each resample [seeds, 2, resamples]).
+    row, other: (accuracy, total) of all objects and of each resample, [seeds, 2, 1 + resamples].
     """
     seeds = np.random.default_rng(1).integers(len(SEEDS), size=(len(SEEDS), resamples))
     cells = []
-    for which, column in enumerate(("accuracy", "total")):
-        difference = (row[0] - other[0])[:, SCORED.index(column)].mean()
-        drawn = np.take_along_axis(row[1][:, which] - other[1][:, which], seeds, 0).mean(0)
+    for which in range(2):
+        difference = (row - other)[:, which, 0].mean()
+        drawn = np.take_along_axis((row - other)[:, which, 1:], seeds, 0).mean(0)
         low, high = np.nanquantile(drawn, (0.025, 0.975))
         cells.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
     return cells
@@ -314,12 +319,12 @@ def draw(rows):
     figure, axes = plt.subplots(1, len(SCORED), sharey=True, figsize=size, layout="constrained")
     groups = list(dict.fromkeys(group for group, *_ in rows))
     colours = [f"C{groups.index(group)}" for group, *_ in rows]
-    for column, axis in enumerate(axes):
-        for position, (_, _, mean, spread) in enumerate(rows):
-            axis.errorbar(
-                mean[column], position, xerr=spread[column], fmt="o", color=colours[position], capsize=2, ms=4
-            )
-        axis.set_title(SCORED[column])
+    for axis, score in zip(axes, SCORED, strict=True):
+        for position, (_, _, columns, mean, spread) in enumerate(rows):
+            if score in columns:
+                x, error = mean[columns.index(score)], spread[columns.index(score)]
+                axis.errorbar(x, position, xerr=error, fmt="o", color=colours[position], capsize=2, ms=4)
+        axis.set_title(score)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
     for label, colour in zip(axes[0].get_yticklabels(), colours, strict=True):

@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import results
 import sar_feature
-from data.layouts import COLUMNS, find_pairs, find_reference, find_test, find_validation, read_chips
+from data.layouts import (
+    COLUMNS,
+    FLAG_NOTE,
+    find_pairs,
+    find_reference,
+    find_test,
+    find_validation,
+    read_chips,
+    read_table,
+)
 from data.store import ChipStore, open_store
 from utils.predict.clusters import choose_clustering, cluster_chips
 from utils.predict.members import load_members
@@ -28,6 +37,8 @@ import numpy as np
 import torch
 
 SCORED = ("accuracy", "AUROC", "total")
+NEAR_AND_FAR = ("AUROC", "AUROC, near unknowns", "AUROC, far unknowns")
+NEAR = ("w_trailer", "bicycle", "semi")  # in the names of unknown kinds that resemble a class
 
 # What results.py does by default; the same with the energy of each chip's logits; and that without the vote.
 COMPLETE = PipelineSettings(
@@ -158,11 +169,19 @@ class LabelledChips:
         check(self.truth, f"{folder} has no reference CSV, so it cannot be scored")
         self.names = [path.name for path in self.paths]
         self.objects = objects_by_number(self.names)
+        reference = find_reference(folder)
+        rows = read_table(reference, COLUMNS[:2], "a reference", FLAG_NOTE) if reference else ()
+        kinds = {image_id: kind for _, image_id, kind in rows}
+        self.near = np.array([any(word in kinds.get(Path(name).stem, "") for word in NEAR) for name in self.names])
 
-    def scores(self, labels, confidence):
-        """Accuracy, AUROC and total of an answer (labels [N], confidence [N]), a list."""
-        values = scores(labels, confidence, self.truth.labels, self.truth.ood)
-        return [values[column] for column in SCORED]
+    def scores(self, labels, confidence, columns):
+        """Scores of an answer (labels [N], confidence [N]) in SCORED or NEAR_AND_FAR, a list."""
+        answer = labels, confidence, self.truth.labels, self.truth.ood
+        values = scores(*answer)
+        for column, unknown in zip(NEAR_AND_FAR[1:], (self.near, ~self.near), strict=True):
+            chosen = ~self.truth.ood | unknown
+            values[column] = scores(*(values_of_chips[chosen] for values_of_chips in answer))["AUROC"]
+        return [values[column] for column in columns]
 
     def resampled_weights(self, resamples):
         """How often each chip occurs in each resample of the objects, [resamples, N]."""
