@@ -97,7 +97,8 @@ def feature_mse(student, teacher, temperature=None):
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
     """
-    return F.mse_loss(student.float(), teacher.detach().float())
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return F.mse_loss(student.to(wide), teacher.detach().to(wide))
 
 
 # By the names of FEATURE_LOSS: (student's features, teacher's features, temperature) -> scalar.
