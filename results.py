@@ -16,7 +16,7 @@ from utils.predict.pipeline import PipelineSettings, describe_vote, nearest_clas
 from utils.predict.submission import write_submission
 from utils.predict.tta import IDENTITY
 from utils.report.metrics import undefined
-from utils.report.page import remove_old_scores, save_scores, table, write_report
+from utils.report.page import describe_intervals, remove_old_scores, save_scores, table, write_report
 from utils.report.prediction import Prediction
 from utils.run.checkpoint import choose_data_root
 from utils.run.device import choose_device, compile_backbone
@@ -116,6 +116,8 @@ def main():
     remove_old_scores(Path(OUT_DIR))
     if truth:
         print(table(prediction.scores, list(prediction.scores["one view"])) + undefined(truth.ood))
+        if prediction.can_be_scored:
+            print(describe_intervals(prediction))
         save_scores(Path(OUT_DIR), prediction)
     if REPORT:
         write_report(Path(OUT_DIR), prediction)

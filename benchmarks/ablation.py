@@ -41,6 +41,7 @@ from data.demo import ensure_demo
 from utils.predict.ood import DEFAULT, NO_FIT, SCORES, log_densities
 from utils.predict.tta import IDENTITY, tta_views
 from utils.predict.vote import HOW
+from utils.report.metrics import resampled_groups
 from utils.run.files import atomic_file
 from utils.run.settings import read_settings
 from utils.run.start import run as run_script
@@ -115,7 +116,7 @@ def tables(of_seeds, chips):
         f"{objects} objects, {known} of them known.\n"
     ]
     # The first row is the test as it is.
-    weights = np.concatenate((np.ones((1, len(test.names)), int), test.resampled_weights(resamples)))
+    repeated = np.concatenate((np.ones((1, len(test.names)), int), resampled_groups(test.objects, resamples)))
     with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "row", "chips", "seed", "score", "value"])
@@ -137,7 +138,7 @@ def tables(of_seeds, chips):
                     cells[which] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True)]
                 # The test is the last of both.
                 picture.append((group, row, columns, mean, spread))
-                resampled[row] = np.array([test.resampled(*answer, weights) for answer in answers])
+                resampled[row] = np.array([test.resampled(*answer, repeated) for answer in answers])
                 other = compared_with(group, list(resampled))
                 compared = [other, *differences(resampled[row], resampled[other])] if other else ["", "", ""]
                 text.append(f"| {row} | {' | '.join([*cells['test'], *compared, *cells['validation']])} |")

@@ -30,7 +30,7 @@ from utils.predict.members import load_members
 from utils.predict.ood import DEFAULT, NO_FIT
 from utils.predict.pipeline import PipelineSettings, run_pipeline
 from utils.predict.tta import IDENTITY
-from utils.report.metrics import scores
+from utils.report.metrics import resampled_scores, scores
 from utils.run.settings import check
 
 import numpy as np
@@ -183,23 +183,10 @@ class LabelledChips:
             values[column] = scores(*(values_of_chips[chosen] for values_of_chips in answer))["AUROC"]
         return [values[column] for column in columns]
 
-    def resampled_weights(self, resamples):
-        """How often each chip occurs in each resample of the objects, [resamples, N]."""
-        random, count = np.random.default_rng(0), self.objects.max() + 1
-        return random.multinomial(count, np.full(count, 1 / count), size=resamples)[:, self.objects]
-
-    def resampled(self, labels, confidence, weights):
-        """(accuracy, total) of an answer in each resample, [2, resamples]."""
-        known = ~self.truth.ood
-        accuracy = weights[:, known] @ (labels == self.truth.labels)[known] / weights[:, known].sum(1)
-        order = np.argsort(confidence)
-        ties = np.flatnonzero(np.diff(confidence[order], prepend=-np.inf))
-        of_known, of_unknown = (np.add.reduceat(weights[:, order] * x[order], ties, axis=1) for x in (known, ~known))
-        below = np.cumsum(of_unknown, axis=1) - of_unknown / 2
-        if known.all():
-            return np.stack((accuracy, accuracy))
-        area = (of_known * below).sum(1) / (of_known.sum(1) * of_unknown.sum(1))
-        return np.stack((accuracy, 0.75 * accuracy + 0.25 * area))
+    def resampled(self, labels, confidence, repeated):
+        """(accuracy, total) of an answer in each sample of `repeated` chips, [2, R]."""
+        samples = resampled_scores(labels, confidence, self.truth.labels, self.truth.ood, repeated)
+        return np.stack((samples["accuracy"], samples["total"]))
 
 
 class Experiment:

@@ -74,13 +74,45 @@ def intervals(predicted, confidence, labels, ood, groups, resamples=500):
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals.
     """
-    random = np.random.default_rng(0)
-    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    samples = []
-    for _ in range(resamples):
-        drawn = random.integers(len(members), size=len(members))
-        chips = np.concatenate([members[group] for group in drawn])
-        samples.append(scores(predicted[chips], confidence[chips], labels[chips], ood[chips]))
+    samples = resampled_scores(predicted, confidence, labels, ood, resampled_groups(groups, resamples))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN slice")
-        return {name: tuple(np.nanquantile([sample[name] for sample in samples], (0.025, 0.975))) for name in SCORES}
+        return {name: tuple(np.nanquantile(values, (0.025, 0.975))) for name, values in samples.items()}
+
+
+def resampled_groups(groups, resamples):
+    """How often each chip occurs in each sample of as many groups as there are, drawn with replacement: int [R, N].
+
+    groups: [N] int, 0..K-1; resamples: R.
+    """
+    count = int(groups.max()) + 1
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)[:, groups]
+
+
+def resampled_scores(predicted, confidence, labels, ood, repeated):
+    """The `scores` of samples in which chips are repeated: {score: [R]}.
+
+    Args:
+        predicted, confidence, labels, ood: as of `scores`, [N].
+        repeated: [R, N], how often each chip occurs in each of R samples, 0 or more times.
+    """
+    known, right = ~ood, ~ood & (predicted == labels)
+    order = np.argsort(-confidence, kind="stable")
+    thresholds = np.flatnonzero(np.diff(confidence[order], append=np.nan) != 0)  # the last chip of each value
+    result = {name: np.full(len(repeated), np.nan) for name in SCORES}
+    for i, weights in enumerate(repeated.astype(float)):
+        count = weights @ known, weights @ ood
+        if not count[0]:
+            continue
+        result["accuracy"][i] = weights @ right / count[0]
+        of_class = np.bincount(labels[known], weights[known])
+        right_of_class = np.bincount(labels[right], weights[right], len(of_class))
+        result["mean per-class accuracy"][i] = (right_of_class[of_class > 0] / of_class[of_class > 0]).mean()
+        if not count[1]:
+            continue
+        tpr, fpr = (np.cumsum((weights * flag)[order])[thresholds] for flag in (known, ood))
+        tpr, fpr = tpr / count[0], fpr / count[1]
+        result["AUROC"][i] = auc(np.append(0, fpr), np.append(0, tpr))
+        result["FPR at 95 % TPR"][i] = fpr[(tpr >= 0.95).argmax()]
+    result["total"] = 0.75 * result["accuracy"] + 0.25 * result["AUROC"]
+    return result

@@ -9,7 +9,6 @@ from string import Template
 
 from utils.report import pictures
 from utils.report.figures import save_png
-from utils.report.metrics import intervals
 from utils.run.files import atomic_file
 
 import numpy as np
@@ -30,6 +29,13 @@ def table(rows, columns):
         cells = (_number(row[c]).rjust(len(c)) for c in columns)
         lines.append(name.ljust(width) + "  ".join(cells))
     return "\n".join(lines)
+
+
+def describe_intervals(prediction):
+    """The 95 % intervals of the last step's scores in a line of text; needs truth."""
+    names = ("accuracy", "AUROC", "total")
+    limits = (f"{name} {' to '.join(map(_number, prediction.intervals[name]))}" for name in names)
+    return f"95 % intervals of the last row, by a bootstrap over clusters: {', '.join(limits)}"
 
 
 def remove_old_scores(out_dir):
@@ -97,9 +103,8 @@ def _tiles(prediction):
     changed = int((labels != prediction.labels_before_vote).sum())
     tiles, note = {}, f"<p>Vote: {_text(prediction.vote)}.</p>" if prediction.vote else ""
     if truth is not None:
-        limits = intervals(labels, prediction.confidence, truth.labels, truth.ood, prediction.clusters)
         for name, value in list(prediction.scores.values())[-1].items():
-            tiles[name] = _number(value), " to ".join(map(_number, limits[name]))
+            tiles[name] = _number(value), " to ".join(map(_number, prediction.intervals[name]))
         note += (
             "<p><small>Below each score: its 95 % interval, from a bootstrap over clusters, because the "
             "chips of a cluster are not independent.</small></p>"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from utils.report.metrics import scores
+from utils.report.metrics import intervals, scores
 
 import numpy as np
 
@@ -72,6 +72,11 @@ class Prediction:
     def scores(self):
         """{step: scores of `utils.report.metrics.scores`}; needs truth."""
         return {name: scores(*step, self.truth.labels, self.truth.ood) for name, step in self.steps.items()}
+
+    @cached_property
+    def intervals(self):
+        """{score: (low, high)} of the last step, 95 % intervals from a bootstrap over the clusters; needs truth."""
+        return intervals(self.labels, self.confidence, self.truth.labels, self.truth.ood, self.clusters)
 
     @cached_property
     def confusion(self):

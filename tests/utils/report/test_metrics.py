@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from utils.report.metrics import SCORES, class_mean_accuracy, intervals, scores, undefined
+from utils.report.metrics import SCORES, class_mean_accuracy, intervals, resampled_scores, scores, undefined
 
 import numpy as np
 import pytest
@@ -44,6 +44,17 @@ def test_undefined_without_ood_or_with_nothing_else():
 
 def test_class_mean_ignores_classes_that_do_not_occur():
     assert class_mean_accuracy(np.array([0, 0, 2, 1]), np.array([0, 0, 0, 1])) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_repeated_chips_count_as_often():
+    repeated = np.random.default_rng(1).integers(0, 4, (5, 400))
+    repeated[3, ~OOD] = 0
+    repeated[4, OOD] = 0
+    confidence = np.round(CONFIDENCE, 1)  # with ties
+    samples = resampled_scores(PREDICTED, confidence, LABELS, OOD, repeated)
+    for i, times in enumerate(repeated):
+        expected = scores(*(np.repeat(x, times) for x in (PREDICTED, confidence, LABELS, OOD)))
+        assert {name: values[i] for name, values in samples.items()} == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.slow

@@ -2,10 +2,8 @@ import base64
 import csv
 import json
 import re
-from functools import partial
 
 from tests.utils.report.example import make_prediction
-from utils.report import page as page_module
 from utils.report.page import remove_old_scores, save_scores, table, write_report
 
 import numpy as np
@@ -14,14 +12,6 @@ import pytest
 PICTURES = {"confusion", "recall", "reliability", "confidence", "feature_map", "clusters", "roc", "mistakes"}
 WITHOUT_TRUTH = {"confidence", "feature_map", "clusters"}
 ODD_NAMES = ("a$b$c", "$x", "caf\udce9", "<b>&")  # formulas, a file name that is not UTF-8, HTML
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples():
-    """The default of 500 takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "intervals", partial(page_module.intervals, resamples=5))
-        yield
 
 
 def report(folder, prediction):
