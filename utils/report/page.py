@@ -35,7 +35,7 @@ def describe_intervals(prediction):
     """The 95 % intervals of the last step's scores in a line of text; needs truth."""
     names = ("accuracy", "AUROC", "total")
     limits = (f"{name} {' to '.join(map(_number, prediction.intervals[name]))}" for name in names)
-    return f"95 % intervals of the last row, by a bootstrap over clusters: {', '.join(limits)}"
+    return f"95 % intervals (bootstrap over clusters): {', '.join(limits)}"
 
 
 def remove_old_scores(out_dir):
