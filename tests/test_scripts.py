@@ -381,6 +381,7 @@ def test_another_student_with_feature_distillation(pipeline):
     assert process.returncode == 1 and "set INIT=" in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     ["CLUSTER_BY=features", "VOTE=soft", "CLUSTER_SCORE=features"],
     ["CLUSTER_BY=sequence", "OOD_SCORE=energy", "CLUSTER_SCORE=none", "VOTE_MIN_SHARE=0.6"],
@@ -461,6 +462,7 @@ def test_a_run_in_folders_that_the_terminal_cannot_print(tmp_path, tiny_demo):
     assert "%|" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_log_has_no_progress_bars(pipeline):
     cwd, _ = pipeline
     settings = ["ROTATIONS=0", "SCALES=1", "REPORT=False", "OUT_DIR=logged", "STORE_DIR=logged/chips"]

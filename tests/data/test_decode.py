@@ -303,6 +303,7 @@ def test_digest_depends_on_pixels_and_order_only(tmp_path, many, monkeypatch):
     assert digest(many) != black
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_forked_do_the_same_work(tmp_path, many, monkeypatch):
     monkeypatch.setattr(decoding, "CHUNK", 10)
     forked, spawned = (decode_all(many, tmp_path / f"{fork}.npy", 12, fork) for fork in (True, False))

@@ -270,6 +270,7 @@ def test_sizes_are_brought_to_the_most_common(tmp_path):
     assert [int(c.mean()) for c in chips] == [50, 51, 52, 53]
 
 
+@pytest.mark.slow
 def test_many_files_keep_their_order_across_workers(tmp_path):
     paths = []
     for i in range(2100):

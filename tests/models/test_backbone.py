@@ -119,6 +119,7 @@ def test_the_last_pixels_change_the_features_of_a_transformer():
     assert (one - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_only_sizes_that_the_backbone_does_not_take_are_resized():
     images = torch.randn(2, 1, 49, 49)
     model = Classifier("test_resnet", 3, 56).eval()
@@ -186,7 +187,7 @@ def test_frozen_backbone_stays_bit_for_bit():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("channels", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 @pytest.mark.parametrize("classes", [pytest.param(1000, marks=pytest.mark.slow), 7])
 def test_weights_from_a_file(tmp_path, channels, classes):
     source = timm.create_model("test_resnet", in_chans=channels, num_classes=classes)
@@ -200,6 +201,7 @@ def test_weights_from_a_file(tmp_path, channels, classes):
         torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.slow
 def test_weights_from_our_own_checkpoint(tmp_path):
     source = Classifier("test_resnet", 5, 64)
     torch.save({"model": source.state_dict()}, tmp_path / "best.pt")
@@ -208,6 +210,7 @@ def test_weights_from_our_own_checkpoint(tmp_path):
         assert torch.equal(value, source.backbone.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_weights_of_another_backbone_are_refused(tmp_path):
     torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "weights.pt")
     with pytest.raises(BackboneError, match="does not hold the weights of test_resnet"):
@@ -226,6 +229,7 @@ def test_weights_of_another_size_from_a_file(tmp_path):
         Classifier("gmlp_ti16_224", 3, 56, str(tmp_path / "gmlp.pt"))
 
 
+@pytest.mark.slow
 def test_files_without_weights(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"nothing")
     with pytest.raises(BackboneError, match="is not a file of weights"):

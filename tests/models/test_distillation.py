@@ -68,7 +68,7 @@ def test_contrast_names_the_own_photograph_of_each_chip_and_the_own_chip_of_each
 
 
 def test_mse_and_the_names_of_the_losses():
-    torch.testing.assert_close(feature_mse(STUDENT, TEACHER), (STUDENT - TEACHER).square().mean().float())
+    torch.testing.assert_close(feature_mse(STUDENT, TEACHER), (STUDENT - TEACHER).square().mean())
     assert tuple(FEATURE_LOSSES) == FEATURE_LOSS
 
 

@@ -1,9 +1,11 @@
 from utils.report import curves
 from utils.report.figures import save_png
 
+import pytest
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_every_column_is_drawn_in_its_panel(tmp_path, monkeypatch):
     """One epoch and several; a column that no panel names, such as the epoch, is not drawn."""
     drawn = []
