@@ -99,8 +99,9 @@ def measured(experiments, group, measure):
         if not finished.exists():
             answers = measure(experiment)
             folder.mkdir(parents=True, exist_ok=True)
+            arrays = {f"{row}|{i}": values for row, both in answers.items() for i, values in enumerate(both)}
             with atomic_file(finished, "wb") as file:
-                np.savez_compressed(file, **{f"{row}|{i}": x for row, ab in answers.items() for i, x in enumerate(ab)})
+                np.savez_compressed(file, **arrays)
         with np.load(finished) as arrays:
             names = dict.fromkeys(key[:-2] for key in arrays)
             rows[which] = {row: (arrays[f"{row}|0"], arrays[f"{row}|1"]) for row in names}
@@ -116,7 +117,7 @@ def tables(of_seeds, chips):
         f"{objects} objects, {known} of them known.\n"
     ]
     # The first row is the test as it is.
-    repeated = np.concatenate((np.ones((1, len(test.names)), int), resampled_groups(test.objects, resamples)))
+    repeated = [np.ones(len(test.names)), *resampled_groups(test.objects, resamples)]
     with open(Path(OUT_DIR, "ablation.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["group", "row", "chips", "seed", "score", "value"])

@@ -1,6 +1,5 @@
 """What benchmarks/ablation.py measures on: the networks of a seed, and the labelled chips that they predict."""
 
-import contextlib
 import csv
 import os
 import shutil
@@ -25,7 +24,7 @@ from data.layouts import (
     read_table,
 )
 from data.store import ChipStore, open_store
-from utils.predict.clusters import choose_clustering, cluster_chips
+from utils.predict.clusters import cluster_chips, suitable_clustering
 from utils.predict.members import load_members
 from utils.predict.ood import DEFAULT, NO_FIT
 from utils.predict.pipeline import PipelineSettings, run_pipeline
@@ -184,7 +183,7 @@ class LabelledChips:
         return [values[column] for column in columns]
 
     def resampled(self, labels, confidence, repeated):
-        """(accuracy, total) of an answer in each sample of `repeated` chips, [2, R]."""
+        """(accuracy, total) of an answer in each of R samples, [2, R]; `repeated` as of `resampled_scores`."""
         samples = resampled_scores(labels, confidence, self.truth.labels, self.truth.ood, repeated)
         return np.stack((samples["accuracy"], samples["total"]))
 
@@ -210,8 +209,7 @@ class Experiment:
 
     def score(self, *outputs, settings=COMPLETE):
         """The answer of `run_pipeline`, of one output or of an ensemble's."""
-        with contextlib.redirect_stdout(None):  # the sentence on the choice
-            cluster_by = choose_clustering(settings.cluster_by, self.chips.names, settings.sequence_gap)
+        cluster_by, _ = suitable_clustering(settings.cluster_by, self.chips.names, settings.sequence_gap)
         result = run_pipeline(list(outputs), self.chips.names, replace(settings, cluster_by=cluster_by))
         return result.labels, result.confidence
 
@@ -226,8 +224,7 @@ class Experiment:
 
 def objects_by_number(names):
     """The object that each chip shows, by the numbers in N file names: ids, int64 [N]."""
-    with contextlib.redirect_stdout(None):  # the sentence on the choice
-        numbered = choose_clustering("sequence", names)
+    numbered, _ = suitable_clustering("sequence", names)
     return cluster_chips(np.zeros((len(names), 1)), names, numbered)
 
 

@@ -6,7 +6,6 @@ Prints a Markdown table of accuracy / AUROC. Rows: the file names as they are; "
 with the frames of two sequences in five mixed; "shuffled", numbers that say nothing. The networks run once.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results
 from data.layouts import find_test, read_chips
 from data.store import MemoryBudget, open_store, place_stores
-from utils.predict.clusters import chip_numbers, choose_clustering, cluster_chips
+from utils.predict.clusters import chip_numbers, cluster_chips, suitable_clustering
 from utils.predict.members import choose_score, load_members
 from utils.predict.pipeline import PipelineSettings, calibration_temperature, run_pipeline
 from utils.report.metrics import scores
@@ -67,8 +66,7 @@ def main():
     }.items():
         cells = []
         for cluster_by, vote, cluster_score in columns.values():
-            with contextlib.redirect_stdout(None):  # its sentence would stand in the table
-                cluster_by = choose_clustering(cluster_by, renamed)
+            cluster_by, _ = suitable_clustering(cluster_by, renamed)
             settings = PipelineSettings(score, cluster_by=cluster_by, vote=vote, cluster_score=cluster_score)
             result = run_pipeline([output], renamed, settings)
             values = scores(result.labels, result.confidence, truth.labels, truth.ood)

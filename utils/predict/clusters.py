@@ -87,7 +87,15 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
 
 
 def choose_clustering(by, names, sequence_gap=100):
-    """What `cluster_chips` is to cluster by; a printed sentence says why, unless it is `by` itself.
+    """What `cluster_chips` is to cluster by, of `suitable_clustering`; prints why, unless it is `by` itself."""
+    chosen, sentence = suitable_clustering(by, names, sequence_gap)
+    if sentence:
+        print(sentence, flush=True)
+    return chosen
+
+
+def suitable_clustering(by, names, sequence_gap=100):
+    """What `cluster_chips` is to cluster by, and a sentence that says why; "" if it is `by` itself.
 
     "auto" gives "both" if the file names hold frame numbers, else "features". "sequence" and "both" give
     "none" if they hold none: numbers that repeat, names without a common pattern (hashes), and numbers that
@@ -101,22 +109,19 @@ def choose_clustering(by, names, sequence_gap=100):
         SettingError: sequences are asked for, and a name has no number.
     """
     if by in ("features", "none") or len(names) < 2:
-        return "none" if by == "auto" else by
+        return "none" if by == "auto" else by, ""
     if by == "auto":
         reason = _no_tracks(names, sequence_gap)
         chosen = "features" if reason else "both"
         reason = reason or "the numbers in the file names give the sequences, the features split them"
-        print(f"CLUSTER_BY=auto: {chosen}; {reason}", flush=True)
-        return chosen
+        return chosen, f"CLUSTER_BY=auto: {chosen}; {reason}"
     reason = _no_frame_numbers(names, sequence_gap)
     if not reason:
-        return by
-    print(
+        return by, ""
+    return "none", (
         f"CLUSTER_BY={by} is not used, each chip is predicted by itself: {reason}. CLUSTER_BY=features clusters "
-        "without numbers",
-        flush=True,
+        "without numbers"
     )
-    return "none"
 
 
 def _no_tracks(names, sequence_gap):

@@ -223,7 +223,7 @@ def fit_scores(features, labels, counts, background=0.75):
             if confidence.shape != (len(chips),):
                 raise DataError(f"the OOD score {name!r} gives {list(confidence.shape)} for [{len(chips)}] chips")
             moments = {"location": confidence.mean(), "spread": confidence.std(correction=0)}
-            fitted[name] = fits[score.fit] | moments
+            fitted[name] = values | moments
     return fitted
 
 

@@ -81,12 +81,15 @@ def intervals(predicted, confidence, labels, ood, groups, resamples=500):
 
 
 def resampled_groups(groups, resamples):
-    """How often each chip occurs in each sample of as many groups as there are, drawn with replacement: int [R, N].
+    """How often each chip occurs, int [N], in each sample of as many groups as there are, drawn with replacement.
 
-    groups: [N] int, 0..K-1; resamples: R.
+    Args:
+        groups: [N] int, 0..K-1.
+        resamples: number of samples, which are yielded one by one: all at once would fill the memory.
     """
-    count = int(groups.max()) + 1
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)[:, groups]
+    random, count = np.random.default_rng(0), int(groups.max()) + 1
+    for _ in range(resamples):
+        yield random.multinomial(count, np.full(count, 1 / count))[groups]
 
 
 def resampled_scores(predicted, confidence, labels, ood, repeated):
@@ -94,25 +97,27 @@ def resampled_scores(predicted, confidence, labels, ood, repeated):
 
     Args:
         predicted, confidence, labels, ood: as of `scores`, [N].
-        repeated: [R, N], how often each chip occurs in each of R samples, 0 or more times.
+        repeated: for each of R samples how often each chip occurs in it, [N], 0 or more times.
     """
     known, right = ~ood, ~ood & (predicted == labels)
     order = np.argsort(-confidence, kind="stable")
     thresholds = np.flatnonzero(np.diff(confidence[order], append=np.nan) != 0)  # the last chip of each value
-    result = {name: np.full(len(repeated), np.nan) for name in SCORES}
-    for i, weights in enumerate(repeated.astype(float)):
+    samples = []
+    for weights in repeated:
+        sample = dict.fromkeys(SCORES, float("nan"))
+        samples.append(sample)
         count = weights @ known, weights @ ood
         if not count[0]:
             continue
-        result["accuracy"][i] = weights @ right / count[0]
+        sample["accuracy"] = weights @ right / count[0]
         of_class = np.bincount(labels[known], weights[known])
         right_of_class = np.bincount(labels[right], weights[right], len(of_class))
-        result["mean per-class accuracy"][i] = (right_of_class[of_class > 0] / of_class[of_class > 0]).mean()
+        sample["mean per-class accuracy"] = (right_of_class[of_class > 0] / of_class[of_class > 0]).mean()
         if not count[1]:
             continue
         tpr, fpr = (np.cumsum((weights * flag)[order])[thresholds] for flag in (known, ood))
         tpr, fpr = tpr / count[0], fpr / count[1]
-        result["AUROC"][i] = auc(np.append(0, fpr), np.append(0, tpr))
-        result["FPR at 95 % TPR"][i] = fpr[(tpr >= 0.95).argmax()]
-    result["total"] = 0.75 * result["accuracy"] + 0.25 * result["AUROC"]
-    return result
+        sample["AUROC"] = auc(np.append(0, fpr), np.append(0, tpr))
+        sample["FPR at 95 % TPR"] = fpr[(tpr >= 0.95).argmax()]
+        sample["total"] = 0.75 * sample["accuracy"] + 0.25 * sample["AUROC"]
+    return {name: np.array([sample[name] for sample in samples]) for name in SCORES}

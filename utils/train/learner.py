@@ -83,8 +83,8 @@ class Learner:
         """Take the step of a batch."""
         # Each step has its own random numbers, so that a resumed run draws the same ones.
         _set_seed(self.device, self.seed * 1_000_003 + batch.step)
-        kept = [self.buffers, self.average.module.state_dict().values() if self.average else []]
-        kept = [(tensor, tensor.clone()) for tensor in chain(*kept)]
+        changing = chain(self.buffers, self.average.module.state_dict().values() if self.average else ())
+        before = [(tensor, tensor.clone()) for tensor in changing]
         loss, logits, labels = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
         share = len(labels) / self.batch_size  # of this rank; gradients are averaged over the ranks
@@ -97,7 +97,7 @@ class Learner:
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model, step=batch.step + 1)
-        _restore_if(bad, kept)
+        _restore_if(bad, before)
         self.meter.add(totals, bad)
 
     def _forward(self, batch):
@@ -125,9 +125,9 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(bad, 0.0)  # or the state that a first step creates would not be finite
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        kept = [(t, t.detach().clone()) for t in chain(self.parameters, states) if torch.is_tensor(t)]
+        before = [(t, t.detach().clone()) for t in chain(self.parameters, states) if torch.is_tensor(t)]
         self.optimizer.step()
-        _restore_if(bad, kept)
+        _restore_if(bad, before)
 
     def state_dict(self):
         return {name: item.state_dict() for name, item in self.stateful.items()}
@@ -226,9 +226,9 @@ def _optimizer(modules, optimization):
 
 
 @torch.no_grad()
-def _restore_if(bad, kept):
+def _restore_if(bad, before):
     """Put the old values back into tensors, pairs (tensor, old value), if `bad`, bool [] on the device, is true."""
-    for tensor, old in kept:
+    for tensor, old in before:
         tensor.copy_(torch.where(bad, old, tensor))
 
 

@@ -107,13 +107,13 @@ def test_numbers_are_believed_where_they_mean_something(cluster_by):
     output, names, classes = many_chips()
     settings = PipelineSettings("energy", cluster_by=cluster_by)
     result = run_pipeline([output], names, settings)
-    alone = (result.probabilities.argmax(1) == classes).mean()
-    assert result.belief > 0.9 and (result.labels == classes).mean() > alone
+    without_vote = (result.probabilities.argmax(1) == classes).mean()
+    assert result.belief > 0.9 and (result.labels == classes).mean() > without_vote
     shuffled = run_pipeline([output], np.random.default_rng(1).permutation(names), settings)
-    assert shuffled.belief < 0.1 and (shuffled.labels == classes).mean() > alone - 0.01
+    assert shuffled.belief < 0.1 and (shuffled.labels == classes).mean() > without_vote - 0.01
     by_features = replace(settings, cluster_by="features")
     result = run_pipeline([output], names, by_features)
-    assert (result.labels == classes).mean() > alone - 0.01
+    assert (result.labels == classes).mean() > without_vote - 0.01
     assert run_pipeline([output._replace(validation={})], names, by_features).belief == 0
 
 

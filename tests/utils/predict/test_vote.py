@@ -140,9 +140,9 @@ def test_mixture_vote_helps_where_clusters_hold_and_harms_nowhere():
     clusters = np.repeat(np.arange(300), 5)
     classes = rng.integers(0, 6, 300)[clusters]
     logits = simulated(rng, classes)
-    alone = (logits.argmax(1) == classes).mean()
-    assert (vote(logits, clusters).labels == classes).mean() > alone + 0.1
-    assert (vote(logits, rng.permutation(clusters)).labels == classes).mean() > alone - 0.01
+    without_vote = (logits.argmax(1) == classes).mean()
+    assert (vote(logits, clusters).labels == classes).mean() > without_vote + 0.1
+    assert (vote(logits, rng.permutation(clusters)).labels == classes).mean() > without_vote - 0.01
 
 
 def test_temperature_calibrates():

@@ -32,12 +32,12 @@ def cache(network, dtype=None, memory_gb=0.0, folder="nowhere"):
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_answers_are_those_of_the_network_each_computed_once(tmp_path, dtype, memory_gb):
     network = Network()
-    kept = cache(network, dtype, memory_gb, tmp_path / "new")
+    cached = cache(network, dtype, memory_gb, tmp_path / "new")
     assert not network.batches  # not before the first is needed
     for step in STEPS:
-        found = kept(*STREAM.batch(step))
-        assert found.dtype == (dtype or torch.float32)
-        torch.testing.assert_close(found.float(), Network()(*STREAM.batch(step)))
+        features = cached(*STREAM.batch(step))
+        assert features.dtype == (dtype or torch.float32)
+        torch.testing.assert_close(features.float(), Network()(*STREAM.batch(step)))
     asked = [pair for batch in network.batches for pair in batch]
     drawn = {pair for step in STEPS for pair in zip(*(x.tolist() for x in STREAM.batch(step)), strict=True)}
     assert len(asked) == len(set(asked)) and set(asked) == drawn
