@@ -299,9 +299,11 @@ groups = {
         "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy", "BALANCE=0": "as_they_are",
         "BALANCE=0.5": "half", "BALANCE_ENTITIES=1": "entities", "EMA=0.99": "ema", "ROTATION=20": "rotated",
     }),
+    "teacher (one view)": in_one_view({"of the default's epochs": STUDENT, "of twice as many": "of_long_teacher"}),
     "features (one view)": in_one_view({
         "KL on the classes": STUDENT, "and KL on features": "kl_on_features", "and relations": "relations",
         "and contrast": "contrastive", "contrast without KL": "contrastive_no_kl", "and MSE": "mse",
+        "and sliced Wasserstein": "wasserstein",
     }),
     "head (one view)": heads,
     "views": views,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pretrain
 import results
 import sar_feature
 from data.layouts import (
@@ -54,21 +55,23 @@ class Network(NamedTuple):
     """How a network is trained.
 
     script, settings: its script, and what differs from the script's defaults.
-    times: how many times the epochs of the other networks it takes; source: the network that it starts from.
+    source: the network that it starts from.
+    epochs: by default; times: how many times these, or those that are asked for, it takes.
     """
 
     script: str
     settings: tuple = ()
-    times: int = 1
     source: str = ""
+    epochs: int = sar_feature.EPOCHS  # every SAR network takes as many optimizer steps as a distilled one
+    times: int = 1
 
 
-def _student(*settings, times=1):
-    return Network("sar_feature.py", settings, times, TEACHER)
+def _student(*settings, source=TEACHER, times=1):
+    return Network("sar_feature.py", settings, source, times=times)
 
 
 def _head(*settings, source=STUDENT):
-    return Network("finetune.py", settings, source=source)
+    return Network("finetune.py", settings, source)
 
 
 # Percent of the SAR labels: a network with KL on all pairs, and one without, which learns from the labelled ones alone.
@@ -78,7 +81,8 @@ CONTRAST = "FEATURE_WEIGHT=0.3", "FEATURE_LOSS=contrastive", "FEATURE_TEMPERATUR
 NETWORKS = {
     PLAIN: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1")),
     SCRATCH: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", f"BALANCE={sar_feature.BALANCE}")),
-    TEACHER: Network("pretrain.py"),
+    TEACHER: Network("pretrain.py", epochs=pretrain.EPOCHS),
+    "long_teacher": Network("pretrain.py", epochs=pretrain.EPOCHS, times=2),
     STUDENT: _student(),
     HEAD: _head(),
     "cross_entropy": _student("GAMMA=0"),
@@ -96,6 +100,8 @@ NETWORKS = {
     "contrastive": _student(*CONTRAST),
     "contrastive_no_kl": _student(*CONTRAST, "KL_WEIGHT=0"),
     "mse": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=mse"),
+    "wasserstein": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=wasserstein"),
+    "of_long_teacher": _student(source="long_teacher"),
     "light_kl": _student("KL_WEIGHT=0.3"),
     "soft_kl": _student("TEMPERATURE=4"),
     "head_as_they_are": _head("BALANCED=False"),
@@ -136,16 +142,14 @@ class Networks:
         return folder / "best.pt"
 
     def _train(self, name, folder):
-        script, settings, times, source = NETWORKS[name]
+        script, settings, source, epochs, times = NETWORKS[name]
         settings = [*settings, f"SEED={self.seed}", f"OUT_DIR={folder}", f"STORE_DIR={self.out / 'chips'}"]
         if script == "pretrain.py":
             settings += [f"DATA_ROOT={self.data_root}", f"BACKBONE={self.backbone}"]
         else:
             settings += [f"{'TEACHER' if script == 'sar_feature.py' else 'STUDENT'}={self.best(source)}"]
-        # Every SAR network takes as many optimizer steps as a distilled one; the heads keep their own.
-        epochs = self.epochs or (0 if name == TEACHER else sar_feature.EPOCHS)
-        if epochs and script != "finetune.py":
-            settings += [f"EPOCHS={epochs * times}"]
+        if script != "finetune.py":  # the heads keep their own epochs
+            settings += [f"EPOCHS={(self.epochs or epochs) * times}"]
         process = subprocess.run(
             [sys.executable, str(ROOT / script), *settings],
             env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}, capture_output=True, text=True,

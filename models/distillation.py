@@ -101,7 +101,26 @@ def feature_mse(student, teacher, temperature=None):
     return F.mse_loss(student.to(wide), teacher.detach().to(wide))
 
 
+def sliced_wasserstein(student, teacher, temperature=None, directions=64):
+    """Sliced Wasserstein-2 distance between the batch's features of the two sensors, and not of each pair.
+
+    The features are projected on random directions; along each one the sorted values are compared.
+
+    Args:
+        student, teacher: features [N, D]; the teacher is detached, and there is no temperature.
+
+    Returns:
+        Scalar >= 0. On several ranks each compares its own pairs.
+
+    Source: Bonneel et al., "Sliced and Radon Wasserstein Barycenters of Measures", 2015, section 3.
+    """
+    student, teacher = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (student, teacher))
+    axes = F.normalize(torch.randn(student.shape[1], directions, dtype=student.dtype, device=student.device), dim=0)
+    return F.mse_loss(*((values @ axes).sort(dim=0).values for values in (student, teacher.detach())))
+
+
 # By the names of FEATURE_LOSS: (student's features, teacher's features, temperature) -> scalar.
 FEATURE_LOSSES = {
     "kl": distillation_loss, "relations": relation_loss, "contrastive": contrastive_loss, "mse": feature_mse,
+    "wasserstein": sliced_wasserstein,
 }  # fmt: skip

@@ -15,6 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Of the processes that the tests start.
 os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+# The tests compute on the CPU, where runs are equal bit for bit; only tests/test_cuda.py uses a GPU.
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.device_count() else ""
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["data", "pretrain", "sar_feature", "finetune", "results", "torch._dynamo", "sklearn.manifold", "scipy.stats",

@@ -5,6 +5,7 @@ from models.distillation import (
     feature_mse,
     match_prior,
     relation_loss,
+    sliced_wasserstein,
 )
 from utils.run.rules import FEATURE_LOSS
 
@@ -65,6 +66,14 @@ def test_contrast_names_the_own_photograph_of_each_chip_and_the_own_chip_of_each
     wanted = -(similar.log_softmax(1).diagonal() + similar.log_softmax(0).diagonal()).mean() / 2
     torch.testing.assert_close(contrastive_loss(STUDENT[:4], TEACHER[:4], 0.3), wanted)
     assert contrastive_loss(TEACHER, TEACHER, 0.01) < 1e-6 < contrastive_loss(TEACHER.flip(0), TEACHER, 0.01)
+
+
+def test_sliced_wasserstein_compares_the_batch_and_not_its_pairs():
+    """Against the exact distance of one feature, where every direction is +1 or -1; and in no order of the pairs."""
+    student, teacher = STUDENT[:, :1], TEACHER[:, :1]
+    wanted = (student.sort(dim=0).values - teacher.sort(dim=0).values).square().mean()
+    torch.testing.assert_close(sliced_wasserstein(student, teacher), wanted)
+    assert sliced_wasserstein(TEACHER.flip(0), TEACHER) == 0 < sliced_wasserstein(STUDENT, TEACHER)
 
 
 def test_mse_and_the_names_of_the_losses():

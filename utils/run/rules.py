@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 CLUSTER_BY = ("auto", "features", "sequence", "both", "none")
-FEATURE_LOSS = ("kl", "relations", "contrastive", "mse")
+FEATURE_LOSS = ("kl", "relations", "contrastive", "mse", "wasserstein")
 VOTE = ("mixture", "product", "soft", "hard")
 MOST = 1e9  # above every sensible value of every number
 

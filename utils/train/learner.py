@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -75,7 +76,8 @@ class Learner:
         self.saved_model = self.average.module if optimization.ema else model
         # What a forward pass in training changes: the statistics of batch norms that are not frozen.
         training = (module for module in self.modules.train().modules() if module.training)
-        self.buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        self.changing = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        self.changing += self.average.module.state_dict().values() if self.average else ()
         names = ("modules", "optimizer", "schedule", "meter") + (("average",) if optimization.ema else ())
         self.stateful = {name: getattr(self, name) for name in names}
 
@@ -83,8 +85,7 @@ class Learner:
         """Take the step of a batch."""
         # Each step has its own random numbers, so that a resumed run draws the same ones.
         _set_seed(self.device, self.seed * 1_000_003 + batch.step)
-        changing = chain(self.buffers, self.average.module.state_dict().values() if self.average else ())
-        before = [(tensor, tensor.clone()) for tensor in changing]
+        before = _Values(self.changing)
         loss, logits, labels = self._forward(batch)
         self.optimizer.zero_grad(set_to_none=True)
         share = len(labels) / self.batch_size  # of this rank; gradients are averaged over the ranks
@@ -97,7 +98,7 @@ class Learner:
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model, step=batch.step + 1)
-        _restore_if(bad, before)
+        before.restore_if(bad)
         self.meter.add(totals, bad)
 
     def _forward(self, batch):
@@ -125,9 +126,9 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(bad, 0.0)  # or the state that a first step creates would not be finite
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        before = [(t, t.detach().clone()) for t in chain(self.parameters, states) if torch.is_tensor(t)]
+        before = _Values(t for t in chain(self.parameters, states) if torch.is_tensor(t))
         self.optimizer.step()
-        _restore_if(bad, before)
+        before.restore_if(bad)
 
     def state_dict(self):
         return {name: item.state_dict() for name, item in self.stateful.items()}
@@ -225,11 +226,31 @@ def _optimizer(modules, optimization):
         raise SettingError(f"OPTIMIZER {name} cannot be used: {error}; set another") from error
 
 
-@torch.no_grad()
-def _restore_if(bad, before):
-    """Put the old values back into tensors, pairs (tensor, old value), if `bad`, bool [] on the device, is true."""
-    for tensor, old in before:
-        tensor.copy_(torch.where(bad, old, tensor))
+class _Values:
+    """The values that tensors have now, to be put back.
+
+    All tensors of one type are copied at once: a step of a small network waits for the number of kernels it starts.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors):
+        self.of_type = defaultdict(list)
+        for tensor in tensors:
+            self.of_type[tensor.dtype, tensor.device].append(tensor)
+        self.flat = {kind: _joined(alike) for kind, alike in self.of_type.items()}
+
+    @torch.no_grad()
+    def restore_if(self, bad):
+        """Put the values back if `bad`, bool [] on the device, is true."""
+        for (dtype, device), tensors in self.of_type.items():
+            values = torch.where(bad.to(device), self.flat[dtype, device], _joined(tensors))
+            values = values.split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(values, tensors, strict=True)])
+
+
+def _joined(tensors):
+    """All values of tensors one after the other, [N]."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def warmup_cosine(total, warmup):
