@@ -67,9 +67,10 @@ def mixture_vote(logits, clusters, belief):
     """The vote of a mixture: a chip shows its cluster's object with probability s, else any object.
 
     With p_i(c) the softmax of the logits of chip i and uniform classes, chip i has the likelihood
-    s C p_i(c) + 1 - s if its cluster's class is c. The product over the chips of a cluster gives the class of
-    the cluster; the posterior of a chip's label follows from both of its cases. s = 1 is the vote "product",
-    s = 0 is no vote.
+    s C p_i(c) + 1 - s if its cluster's class is c. Their geometric mean over the chips of a cluster gives the class of
+    the cluster, and not their product, for the chips of one object err together: ten of them say little more than one.
+    The posterior of a chip's label follows from both of its cases. s = 1 has the labels of the vote "product", s = 0
+    is no vote.
 
     Args:
         logits: float [N, C]; their softmax should be calibrated, see `fit_temperature`.
@@ -78,6 +79,9 @@ def mixture_vote(logits, clusters, belief):
 
     Returns:
         Vote.
+
+    Source: Genest and Zidek, "Combining Probability Distributions", Statistical Science 1986, for the geometric mean
+    of opinions that are not independent.
     """
     posterior, share = _posterior(logits, clusters, belief)
     return Vote(posterior.argmax(1), share, belief)
@@ -88,7 +92,8 @@ def _posterior(logits, clusters, belief):
     log_p = _log_probabilities(logits)
     log_ratio = log_p + np.log(logits.shape[1])  # of a chip's likelihoods: class c against any class
     evidence, total = _evidence(log_ratio, clusters, belief)
-    weight = softmax(total, 1)[clusters] / np.exp(evidence)
+    mean = total / np.bincount(clusters).clip(1)[:, None]
+    weight = softmax(mean, 1)[clusters] / np.exp(evidence)
     of_cluster = belief * weight * np.exp(log_ratio)
     by_itself = (1 - belief) * weight.sum(1, keepdims=True) * np.exp(log_p)
     return of_cluster + by_itself, of_cluster.sum(1)

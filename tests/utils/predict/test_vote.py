@@ -76,16 +76,22 @@ def simulated(rng, classes, spread=1.5):
 
 
 def posterior_by_enumeration(p, belief):
-    """Posterior [N, C] of the labels of the chips of one cluster, summed over all its classes and labels."""
+    """Posterior [N, C] of the labels of the chips of one cluster, summed over all its classes and labels.
+
+    A class of the cluster has the weight of one chip: the geometric mean of the chips' likelihoods.
+    """
     chips, classes = p.shape
     posterior = np.zeros_like(p)
     for cluster_class in range(classes):
+        of_class = np.zeros_like(p)
         for labels in np.ndindex(*[classes] * chips):
             weight = 1.0
             for chip, label in enumerate(labels):
                 weight *= (belief * (label == cluster_class) + (1 - belief) / classes) * p[chip, label]
             for chip, label in enumerate(labels):
-                posterior[chip, label] += weight
+                of_class[chip, label] += weight
+        likelihood = of_class[0].sum()
+        posterior += of_class / likelihood * likelihood ** (1 / chips)
     return posterior / posterior.sum(1, keepdims=True)
 
 
