@@ -81,7 +81,7 @@ def main():
                 ratios = ratios_of(measure(device))
             ratio = statistics.median(ratios)
             measured = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"| {name} | {against} | {measured} | {required:.2f} |", flush=True)
+            print(f"| {name} | {against.format(WORKERS=WORKERS)} | {measured} | {required:.2f} |", flush=True)
             too_slow += [name] if ratio < required else []
     if too_slow:
         raise SystemExit(f"below the required ratio: {', '.join(too_slow)}")
@@ -374,7 +374,7 @@ def machine(device):
     return f"{cores} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-loader_name = f"ImageFolder + DataLoader({WORKERS} workers)"
+loader_name = "ImageFolder + DataLoader({WORKERS} workers)"
 each_step = "backbone at every step"
 table = (
     ("input at 224 px, images/s", loader_name, 8, input_at(224)),
