@@ -207,7 +207,13 @@ def _build_for_size(name, image_size):
             continue
         return model, options, size
     if as_timm_builds_it is None:
-        timm.create_model(name, **CHIPS)  # raises what is wrong with the model itself
+        try:
+            timm.create_model(name, **CHIPS)  # raises what is wrong with the model itself
+        except TypeError as error:
+            raise BackboneError(
+                f"BACKBONE={name} cannot be built: {error}. The function of a backbone of your own takes pretrained, "
+                "in_chans, num_classes and **options"
+            ) from error
     own_size = getattr(as_timm_builds_it, "default_cfg", {}).get("input_size", [image_size])[-1]
     return as_timm_builds_it, {}, own_size
 

@@ -276,7 +276,10 @@ def own_backbone():
     def around_timm(pretrained=False, in_chans=1, num_classes=0, **options):
         return timm.create_model("test_resnet", in_chans=in_chans, num_classes=num_classes)
 
-    own = {"ours": ours, "unpooled": partial(ours, pooled=False), "around_timm": around_timm}
+    def without_options(pretrained=False, in_chans=1, num_classes=0):
+        return ours()
+
+    own = {"ours": ours, "without_options": without_options, "unpooled": partial(ours, pooled=False), "around_timm": around_timm}
     with mock.patch.dict("timm.models._registry._model_entrypoints", own):
         yield
 
@@ -295,6 +298,8 @@ def test_a_backbone_of_ones_own_takes_its_weights_from_a_file_or_refuses(own_bac
         Classifier("ours", 3, 16, path)
 
 
-def test_a_backbone_of_ones_own_that_does_not_pool_is_refused(own_backbone):
+def test_a_backbone_of_ones_own_that_does_not_pool_or_takes_no_options_is_refused(own_backbone):
     with pytest.raises(BackboneError, match=r"no pooled features \[N, D\] but \[1, 4, "):
         Classifier("unpooled", 3, 16)
+    with pytest.raises(BackboneError, match="without_options cannot be built: .* takes pretrained, in_chans, num_class"):
+        Classifier("without_options", 3, 16)
