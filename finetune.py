@@ -25,7 +25,7 @@ from utils.run.start import run as run_script
 from utils.train.feature_cache import FrozenCache
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips, share_objects
+from utils.train.validation import Validation, labelled_chips, split_labelled
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def main():
     chooses, learned = labelled, None
     if VAL_SHARE:
         check(labelled, f"{root} has no labelled chips in val/ that the head could learn from; set VAL_SHARE=0")
-        chooses, learned = share_objects(labelled, VAL_SHARE)
+        chooses, learned = split_labelled(labelled, VAL_SHARE)
         print(f"the head learns from {len(learned[1])} labelled chips of val/, {len(chooses[1])} choose the epoch")
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
     validate = Validation(*(chooses or held_out_chips)[:2], size, grey, contents["views"])

@@ -77,7 +77,7 @@ def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):
     return store.subset(known), labelled.labels[known], [labelled.paths[i].name for i in known]
 
 
-def share_objects(labelled, share):
+def split_labelled(labelled, share):
     """Cut labelled chips in two by the objects that they show.
 
     Args:
