@@ -25,7 +25,7 @@ from utils.run.start import run as run_script
 from utils.train.feature_cache import FrozenCache
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips, split_labelled
+from utils.train.validation import Validation, labelled_chips
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ LEARNING_RATE = 1e-3  # at the peak of the schedule
 WEIGHT_DECAY = 0.05  # of the optimizer; higher keeps the head smaller
 BALANCED = True  # True draws every class equally often, False the chips as they are
 BALANCE_ENTITIES = 0.0  # within a class: 1 draws its entities equally often, 0 its chips, between by count^-b
-VAL_SHARE = 0.0  # of the objects in val/: the head learns from their labelled chips as well, the others choose best.pt
 NEW_HEAD = False  # True trains the head from new, False from where it is
 GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
 OOD_CHIPS = 1000  # most chips of a class that the out-of-distribution scores are fitted on
@@ -98,13 +97,8 @@ def main():
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
     contents = source | {"data_root": root, "entities": listed, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
-    chooses, learned = labelled, None
-    if VAL_SHARE:
-        check(labelled, f"{root} has no labelled chips in val/ that the head could learn from; set VAL_SHARE=0")
-        chooses, learned = split_labelled(labelled, VAL_SHARE)
-        print(f"the head learns from {len(learned[1])} labelled chips of val/, {len(chooses[1])} choose the epoch")
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(chooses or held_out_chips)[:2], size, grey, contents["views"])
+    validate = Validation(*(labelled or held_out_chips), size, grey, contents["views"])
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
 
@@ -128,18 +122,10 @@ def main():
     contents["ood"] = fit_scores(mean, labels[fitted_on], counts, BACKGROUND)
     contents["validation"] = validate.sample(model, OOD_CHIPS)
 
-    if learned:  # few chips, so that each step takes all of them, their classes alike
-        val = Validation(*learned[:2], size, grey, contents["views"])
-        val_features, val_labels = val.features(model), torch.from_numpy(learned[1]).to(device)
-        val_weights = 1 / torch.bincount(val_labels, minlength=len(pairs.classes)).clamp(min=1)
-
     def loss_of(batch):
         at_scale = features[batch.step % len(scales)]
         logits = model.head(at_scale(batch.indices, batch.host_views % views))
-        loss = focal_loss(logits, batch.labels, GAMMA)
-        if learned:
-            loss = loss + focal_loss(model.head(val_features), val_labels, GAMMA, val_weights)
-        return loss, logits, batch.labels
+        return focal_loss(logits, batch.labels, GAMMA), logits, batch.labels
 
     if COMPILE:
         compile_backbone(model, device)

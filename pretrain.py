@@ -110,7 +110,7 @@ def main():
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out_chips = store.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips)[:2], IMAGE_SIZE, grey)
+    validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS)):
         return run.announce(*following)
     if COMPILE:

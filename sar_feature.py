@@ -172,7 +172,7 @@ def main():
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips)[:2], size, sar_grey)
+    validate = Validation(*(labelled or held_out_chips), size, sar_grey)
     if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, INIT, source)):
         return run.announce("finetune.py", "STUDENT")
     if COMPILE:

@@ -224,7 +224,7 @@ def in_one_view(rows):
 def heads(experiment):
     rows = in_one_view({
         "the student's": STUDENT, "trained, classes equally often": HEAD,
-        "trained, chips as they are": "head_as_they_are", "trained, also on half of val/": "head_on_val",
+        "trained, chips as they are": "head_as_they_are",
     })(experiment)  # fmt: skip
     # Without training: the student's head corrected for the long tail, and the Gaussians of the classes.
     student, fitted = experiment.output(STUDENT, IDENTITY), experiment.output(HEAD).ood[DEFAULT]

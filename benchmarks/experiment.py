@@ -105,7 +105,6 @@ NETWORKS = {
     "light_kl": _student("KL_WEIGHT=0.3"),
     "soft_kl": _student("TEMPERATURE=4"),
     "head_as_they_are": _head("BALANCED=False"),
-    "head_on_val": _head("VAL_SHARE=0.5"),
     "head_one_view": _head("ALL_VIEWS=False"),
     "head_no_kl": _head(source="no_kl"),
     **{f"kl_{share}": _student(f"LABELLED_SHARE={share / 100}") for share in SHARES},

@@ -486,7 +486,6 @@ CASES = [
     *(bad(setting, None, f"sar_feature.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "TEMPERATURE=0", "FEATURE_TEMPERATURE=-1", "KL_WEIGHT=-1", "LABEL_WEIGHT=1e400",
         "FEATURE_WEIGHT=nan", "FEATURE_LOSS=l1")),
-    bad("no chips left to choose", None, "finetune.py VAL_SHARE=1", "VAL_SHARE is from 0 to below 1, not"),
     *(bad(setting, None, f"results.py {setting}", f"{setting.split('=')[0]} is ") for setting in (
         "SCALES=-1", "BATCH_SIZE=0", "CLUSTERS=-1", "SEQUENCE_GAP=-1", "VOTE_MIN_SHARE=2",
         "OOD_TEMPERATURE=0", "ROTATIONS=1e400", "CLUSTER_BY=all")),

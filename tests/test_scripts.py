@@ -314,22 +314,6 @@ def test_finetune_features_are_those_of_the_long_way(pipeline, captured, tiny_de
         assert truth.tolist() == labels[indices].tolist()
 
 
-def test_the_head_learns_from_a_share_of_the_labelled_chips_as_well(pipeline, captured):
-    """Their loss, classes alike, beside that of the training chips; the others choose the epoch."""
-    _, _, chooses, *_ = captured("finetune.py")
-    learner, batches, some, *_ = captured("finetune.py", "VAL_SHARE=0.5")
-    assert 0 < len(some.labels) < len(chooses.labels)
-    everything = torch.cat([chooses.features(learner.model), some.features(learner.model)]).numpy()
-    _, first, counts = np.unique(everything, axis=0, return_index=True, return_counts=True)
-    learned = first[counts == 1]
-    head, labels = learner.model.head, torch.from_numpy(chooses.labels[learned])
-    each = F.cross_entropy(head(torch.from_numpy(everything[learned])), labels, reduction="none")
-    of_val = torch.stack([each[labels == label].mean() for label in labels.unique()]).mean()
-    for batch in batches.between(0, 2):
-        loss, logits, truth = learner.modules.loss_of(batch)
-        torch.testing.assert_close(loss, F.cross_entropy(logits, truth) + of_val, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.slow
 def test_teacher_stays_bit_for_bit(pipeline, monkeypatch):
     cwd, _ = pipeline

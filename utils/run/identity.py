@@ -32,7 +32,7 @@ def made_from(script, pairs, chips, entities, labelled=None, weights="", source=
         script: file of the script.
         pairs: `data.layouts.Pairs` that it trains on; chips: their stores, of `data.store.open_store`.
         entities: [N] ids of the pairs, of `data.entities.find_entities`.
-        labelled: the labelled chips, of `utils.train.validation.labelled_chips`; None without.
+        labelled: (ChipStore, labels) of the labelled chips that choose the best epoch; None without.
         weights: value of WEIGHTS or INIT.
         source: checkpoint of the stage before, or None.
 
@@ -41,7 +41,7 @@ def made_from(script, pairs, chips, entities, labelled=None, weights="", source=
     """
     data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
     if labelled:
-        store, labels, _ = labelled
+        store, labels = labelled
         data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]
     digests = {"data": digest(*data), "entities": digest(entities), "code": source_digest(script)}
     digests["weights"] = weights if weights in WORDS else digest(Path(weights).read_bytes())

@@ -72,7 +72,6 @@ RULES = {
     "VAL_FRACTION": number("between 0 and 1", lambda x: 0 < x < 1),
     "VOTE_MIN_SHARE": SHARE,
     "LABELLED_SHARE": SHARE,
-    "VAL_SHARE": number("from 0 to below 1", lambda x: 0 <= x < 1),
     "BACKGROUND": SHARE,
     "BALANCE_ENTITIES": SHARE,
     "ROTATION": number("from 0 to 180", lambda x: 0 <= x <= 180),

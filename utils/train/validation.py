@@ -2,7 +2,7 @@
 
 from data.errors import DataError
 from data.layouts import find_validation
-from data.sampler import choose_labelled, few_of_each
+from data.sampler import few_of_each
 from data.store import open_store, place_stores, unreadable
 from utils.predict.tta import IDENTITY, predict
 from utils.report.metrics import class_mean_accuracy
@@ -66,7 +66,7 @@ def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):
         store_dir, skip_bad: of `data.store.open_store`.
 
     Returns:
-        (ChipStore, labels, file names), or None if the data set has no such chips.
+        (ChipStore, labels), or None if the data set has no such chips.
     """
     labelled = find_validation(root, pairs.classes, pairs.class_ids)
     if labelled is None or labelled.ood.all():
@@ -74,31 +74,4 @@ def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):
     chips = open_store(labelled.paths, store_dir, skip_bad, *reading)
     (store,) = place_stores(budget, chips)
     known = np.setdiff1d(np.flatnonzero(~labelled.ood), unreadable(chips))
-    return store.subset(known), labelled.labels[known], [labelled.paths[i].name for i in known]
-
-
-def split_labelled(labelled, share):
-    """Cut labelled chips in two by the objects that they show.
-
-    Args:
-        labelled: of `labelled_chips`. Their numbers say which chips show the same object; without frame numbers, each
-            chip shows its own.
-        share: 0..1, of the objects of each class, at least one, that go into the second part.
-
-    Returns:
-        the two parts, like `labelled`.
-
-    Raises:
-        DataError: nothing is left in the first part.
-    """
-    from utils.predict.clusters import cluster_chips, suitable_clustering  # imports slowly
-
-    store, labels, names = labelled
-    by = "sequence" if suitable_clustering("auto", names)[0] == "both" else "none"
-    objects = cluster_chips(np.zeros((len(names), 1)), names, by)
-    first = np.unique(objects, return_index=True)[1]
-    second = choose_labelled(labels[first], share)[objects]
-    if second.all():
-        raise DataError(f"all {len(names)} labelled chips of val/ would be learned from; lower VAL_SHARE, or set 0")
-    parts = (np.flatnonzero(chosen) for chosen in (~second, second))
-    return tuple((store.subset(part), labels[part], [names[i] for i in part]) for part in parts)
+    return store.subset(known), labelled.labels[known]
