@@ -191,7 +191,7 @@ def find_chips(folder):
         raise DataError(f"there is no folder of chips {folder}")
     chips = _images_below(folder)
     if not chips:
-        raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))}); add some, or set another folder")
     return sorted(map(Path, chips), key=lambda path: (_natural(path.parent.name), _natural(path.name)))
 
 
