@@ -114,9 +114,9 @@ def sliced_wasserstein(student, teacher, temperature=None, directions=64):
 
     Source: Bonneel et al., "Sliced and Radon Wasserstein Barycenters of Measures", 2015, section 3.
     """
-    student, teacher = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (student, teacher))
-    axes = F.normalize(torch.randn(student.shape[1], directions, dtype=student.dtype, device=student.device), dim=0)
-    return F.mse_loss(*((values @ axes).sort(dim=0).values for values in (student, teacher.detach())))
+    wide = torch.promote_types(student.dtype, torch.float32)
+    axes = F.normalize(torch.randn(student.shape[1], directions, dtype=wide, device=student.device), dim=0)
+    return F.mse_loss(*((values.to(wide) @ axes).sort(dim=0).values for values in (student, teacher.detach())))
 
 
 # By the names of FEATURE_LOSS: (student's features, teacher's features, temperature) -> scalar.

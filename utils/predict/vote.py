@@ -91,9 +91,8 @@ def _posterior(logits, clusters, belief):
     """Posterior [N, C] of the labels, and share [N], as of `mixture_vote`."""
     log_p = _log_probabilities(logits)
     log_ratio = log_p + np.log(logits.shape[1])  # of a chip's likelihoods: class c against any class
-    evidence, total = _evidence(log_ratio, clusters, belief)
-    mean = total / np.bincount(clusters).clip(1)[:, None]
-    weight = softmax(mean, 1)[clusters] / np.exp(evidence)
+    evidence = _evidence(log_ratio, belief)
+    weight = softmax(cluster_mean(evidence, clusters), 1) / np.exp(evidence)
     of_cluster = belief * weight * np.exp(log_ratio)
     by_itself = (1 - belief) * weight.sum(1, keepdims=True) * np.exp(log_p)
     return of_cluster + by_itself, of_cluster.sum(1)
@@ -120,8 +119,13 @@ def estimate_belief(logits, clusters):
     log_p = _log_probabilities(logits)
     prior = estimate_prior(np.exp(log_p))
     log_ratio = log_p - logsumexp(log_p, axis=1, b=prior, keepdims=True)
-    totals = (_evidence(log_ratio, clusters, belief)[1][several] for belief in BELIEFS)
-    return _best([logsumexp(total, axis=1, b=prior).sum() for total in totals])
+
+    def log_likelihood(belief):
+        total = np.zeros((len(several), len(prior)))
+        np.add.at(total, clusters, _evidence(log_ratio, belief))
+        return logsumexp(total[several], axis=1, b=prior).sum()
+
+    return _best([log_likelihood(belief) for belief in BELIEFS])
 
 
 def _best(log_likelihoods):
@@ -157,12 +161,9 @@ def estimate_prior(p):
     return prior
 
 
-def _evidence(log_ratio, clusters, belief):
-    """log(s r + 1 - s) of each chip [N, C], and its sum over each cluster [K, C]."""
-    evidence = np.log1p(belief * np.expm1(log_ratio)) if belief < 1 else log_ratio
-    total = np.zeros((clusters.max(initial=-1) + 1, log_ratio.shape[1]))
-    np.add.at(total, clusters, evidence)
-    return evidence, total
+def _evidence(log_ratio, belief):
+    """log(s r + 1 - s) of each chip, [N, C]."""
+    return np.log1p(belief * np.expm1(log_ratio)) if belief < 1 else log_ratio
 
 
 def fit_temperature(logits, labels):

@@ -74,7 +74,7 @@ class Learner:
         if optimization.ema:
             self.average = ModelEmaV3(model, decay=optimization.ema, use_warmup=True)
         self.saved_model = self.average.module if optimization.ema else model
-        # What a forward pass in training changes: the statistics of batch norms that are not frozen.
+        # What a step changes beside the parameters: the statistics of batch norms that are not frozen, and the average.
         training = (module for module in self.modules.train().modules() if module.training)
         self.changing = [buffer for module in training for buffer in module.buffers(recurse=False)]
         self.changing += self.average.module.state_dict().values() if self.average else ()

@@ -106,7 +106,7 @@ def test_mixture_vote_agrees_with_the_sum_over_all_cases():
 
 def test_mixture_vote_with_full_belief_is_the_product_vote_and_without_is_none():
     rng = np.random.default_rng(1)
-    logits, clusters = rng.normal(size=(300, 5)), rng.integers(0, 80, 300)
+    logits, clusters = rng.normal(size=(300, 5)), np.unique(rng.integers(0, 80, 300), return_inverse=True)[1]
     voted = mixture_vote(logits, clusters, 1.0)
     total = np.zeros((80, 5))
     np.add.at(total, clusters, log_softmax(logits, 1))
