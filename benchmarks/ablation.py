@@ -302,8 +302,13 @@ groups = {
     "teacher (one view)": in_one_view({"of the default's epochs": STUDENT, "of twice as many": "of_long_teacher"}),
     "features (one view)": in_one_view({
         "KL on the classes": STUDENT, "and KL on features": "kl_on_features", "and relations": "relations",
-        "and contrast": "contrastive", "contrast without KL": "contrastive_no_kl", "and MSE": "mse",
-        "and sliced Wasserstein": "wasserstein",
+        "and contrast": "contrastive", "and MSE": "mse", "and sliced Wasserstein": "wasserstein",
+    }),
+    # What other teams do, with our batches, network and number of steps; the labels teach as well in every row.
+    "rivals (one view)": in_one_view({
+        "KL from a frozen teacher (ours)": STUDENT, "labels alone": "no_kl", "two-way KL, both trained": "mutual",
+        "two-way KL, draws by entity, MixStyle": "mutual_entities_mixstyle", "contrast": "contrastive_no_kl",
+        "MSE of the features": "mse_no_kl", "sliced Wasserstein of the features": "wasserstein_no_kl",
     }),
     "head (one view)": heads,
     "views": views,

@@ -70,6 +70,10 @@ def _student(*settings, source=TEACHER, times=1):
     return Network("sar_feature.py", settings, source, times=times)
 
 
+def _mutual(*settings):
+    return Network("benchmarks/mutual.py", settings, TEACHER)
+
+
 def _head(*settings, source=STUDENT):
     return Network("finetune.py", settings, source)
 
@@ -77,6 +81,8 @@ def _head(*settings, source=STUDENT):
 # Percent of the SAR labels: a network with KL on all pairs, and one without, which learns from the labelled ones alone.
 SHARES = (25, 10, 5)
 CONTRAST = "FEATURE_WEIGHT=0.3", "FEATURE_LOSS=contrastive", "FEATURE_TEMPERATURE=0.1"
+MSE = "FEATURE_WEIGHT=1", "FEATURE_LOSS=mse"
+WASSERSTEIN = "FEATURE_WEIGHT=1", "FEATURE_LOSS=wasserstein"
 # By their folders.
 NETWORKS = {
     PLAIN: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1")),
@@ -99,8 +105,12 @@ NETWORKS = {
     "relations": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=relations", "FEATURE_TEMPERATURE=0.1"),
     "contrastive": _student(*CONTRAST),
     "contrastive_no_kl": _student(*CONTRAST, "KL_WEIGHT=0"),
-    "mse": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=mse"),
-    "wasserstein": _student("FEATURE_WEIGHT=1", "FEATURE_LOSS=wasserstein"),
+    "mse": _student(*MSE),
+    "mse_no_kl": _student(*MSE, "KL_WEIGHT=0"),
+    "wasserstein": _student(*WASSERSTEIN),
+    "wasserstein_no_kl": _student(*WASSERSTEIN, "KL_WEIGHT=0"),
+    "mutual": _mutual(),
+    "mutual_entities_mixstyle": _mutual("BALANCE_ENTITIES=1", "MIXSTYLE=0.5"),
     "of_long_teacher": _student(source="long_teacher"),
     "light_kl": _student("KL_WEIGHT=0.3"),
     "soft_kl": _student("TEMPERATURE=4"),
@@ -147,7 +157,7 @@ class Networks:
         if script == "pretrain.py":
             settings += [f"DATA_ROOT={self.data_root}", f"BACKBONE={self.backbone}"]
         else:
-            settings += [f"{'TEACHER' if script == 'sar_feature.py' else 'STUDENT'}={self.best(source)}"]
+            settings += [f"{'STUDENT' if script == 'finetune.py' else 'TEACHER'}={self.best(source)}"]
         if script != "finetune.py":  # the heads keep their own epochs
             settings += [f"EPOCHS={(self.epochs or epochs) * times}"]
         process = subprocess.run(
