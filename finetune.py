@@ -8,9 +8,10 @@ from itertools import chain, product
 
 from data.augment import VIEWS
 from data.batches import Batches
-from data.entities import find_entities, split_pairs
+from data.entities import find_entities
 from data.layouts import find_pairs
-from data.sampler import BalancedStream, WeightedStream, choose_labelled, few_of_each
+from data.sampler import BalancedStream, WeightedStream
+from data.split import choose_training, few_of_each
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
@@ -84,21 +85,21 @@ def main():
     labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, STUDENT)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
-    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"], unreadable(chips))
-    train = train[choose_labelled(pairs.labels[train], source["labelled_share"])]
-    labels, sar_train = pairs.labels[train], sar.subset(train)
-    by_entity = entities[train], BALANCE_ENTITIES
+    fraction, share = 0.0 if labelled else source["val_fraction"], source["labelled_share"]
+    train = choose_training(pairs, entities, fraction, unreadable(chips), labelled_share=share).labelled()
+    labels, sar_train = train.labels, sar.subset(train.indices)
+    by_entity = train.entities, BALANCE_ENTITIES
     stream = (
         BalancedStream(labels, run.batch_size, SEED, *by_entity) if BALANCED
         else WeightedStream(labels, run.batch_size, 0.0, SEED, *by_entity)
     )  # fmt: skip
-    paths = [pairs.sar[i] for i in train]
+    paths = [pairs.sar[i] for i in train.indices]
     batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
     contents = source | {"data_root": root, "entities": listed, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
-    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips), size, grey, contents["views"])
+    held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
+    validate = Validation(*(labelled or held_out), size, grey, contents["views"])
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
 
@@ -112,7 +113,7 @@ def main():
         """Cached features at a scale, which the steps first, first + len(scales), ... take."""
         drawn = ((indices, drawn_views % views) for indices, drawn_views in batches.draws(first, len(scales)))
         features = partial(view_features, model, sar_train, scaled(size, scale), grey)
-        return FrozenCache(features, chain(in_views, drawn), len(train), BATCH_SIZE, budget, STORE_DIR)
+        return FrozenCache(features, chain(in_views, drawn), len(labels), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
     requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)

@@ -6,9 +6,10 @@ python pretrain.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curv
 from data.augment import Augmentation
 from data.batches import Batches
 from data.demo import ensure_demo
-from data.entities import find_entities, split_pairs
+from data.entities import find_entities
 from data.layouts import find_pairs
 from data.sampler import WeightedStream
+from data.split import choose_training
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
 from models.backbone import Classifier
 from models.focal import focal_loss
@@ -85,14 +86,12 @@ def main():
     (store,) = place_stores(budget, chips)
     labelled = labelled_chips(DATA_ROOT, pairs, reading, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
-    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))
-    grey = grey_statistics(chips, train)
+    train = choose_training(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))
+    grey = grey_statistics(chips, train.indices)
 
-    labels = pairs.labels[train]
-    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities[train], BALANCE_ENTITIES)
-    batches = Batches(
-        stream, labels, device, EPOCHS, store.subset(train), [paths[i] for i in train], (rank(), world_size())
-    )
+    stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
+    of_train = store.subset(train.indices), [paths[i] for i in train.indices]
+    batches = Batches(stream, train.labels, device, EPOCHS, *of_train, (rank(), world_size()))
     augment = Augmentation(grey, JITTER, SPECKLE, ROTATION, sizes)
     alpha = torch.tensor(CLASS_WEIGHTS, device=device) if len(CLASS_WEIGHTS) > 1 else None
 
@@ -109,8 +108,8 @@ def main():
         "labelled_share": 1.0,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
-    held_out_chips = store.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips), IMAGE_SIZE, grey)
+    held_out = store.subset(train.held_out), pairs.labels[train.held_out]
+    validate = Validation(*(labelled or held_out), IMAGE_SIZE, grey)
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS)):
         return run.announce(*following)
     if COMPILE:

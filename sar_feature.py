@@ -5,9 +5,10 @@ python sar_feature.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, c
 
 from data.augment import Augmentation
 from data.batches import Batches
-from data.entities import find_entities, split_pairs
+from data.entities import find_entities
 from data.layouts import find_pairs, find_unlabelled
-from data.sampler import WeightedStream, choose_labelled
+from data.sampler import WeightedStream
+from data.split import choose_training
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, to_device, unreadable
 from models.backbone import Classifier
 from models.distillation import FEATURE_LOSSES, distillation_loss, match_prior
@@ -97,8 +98,8 @@ def main():
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    unlabelled = find_unlabelled(root)
-    eo_paths, sar_paths = pairs.eo + unlabelled[0], pairs.sar + unlabelled[1]
+    further = find_unlabelled(root)
+    eo_paths, sar_paths = pairs.eo + further[0], pairs.sar + further[1]
     side, grey_range = reading = choose_reading(sar_paths, GREY_RANGE)
     eo_chips = open_store(eo_paths, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
     sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, *reading)
@@ -109,26 +110,22 @@ def main():
     labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
-    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"], *bad)
-    has_label = choose_labelled(pairs.labels[train], LABELLED_SHARE)
-    others = np.setdiff1d(np.arange(len(pairs.eo), len(eo_paths)), np.concatenate(bad))
-    train, has_label = np.concatenate((train, others)), np.concatenate((has_label, np.zeros(len(others), bool)))
+    fraction = 0.0 if labelled else source["val_fraction"]
+    train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, unlabelled=len(further[0]))
     if not KL_WEIGHT and not FEATURE_WEIGHT:
-        train, has_label = train[has_label], has_label[has_label]
-        check(len(train), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
-    eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train)
-    eo_train, paths = eo.subset(train), [sar_paths[i] for i in train]
+        train = train.labelled()
+        check(len(train.labels), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
+    eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train.indices)
+    eo_train, has_label = eo.subset(train.indices), train.has_label
     # A pair without a label is drawn by the class that the teacher sees in it.
-    labels = np.concatenate((pairs.labels, np.zeros(len(unlabelled[0]), np.int64)))[train]
     all_labelled = has_label.all()
     if not all_labelled:
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
-        labels[~has_label] = seen.argmax(1).cpu().numpy()
-        print(f"{has_label.sum()} of {len(train)} training pairs have labels; the others teach by KL alone")
-    entities = np.concatenate((entities, entities.max() + 1 + np.arange(len(unlabelled[0]))))[train]
-    entities = np.unique(entities * len(pairs.classes) + labels, return_inverse=True)[1]  # each in one class
-    stream = WeightedStream(labels, run.batch_size, BALANCE, SEED, entities, BALANCE_ENTITIES)
-    batches = Batches(stream, labels, device, EPOCHS, sar.subset(train), paths, (rank(), world_size()))
+        train = train.with_labels(seen.argmax(1).cpu().numpy())
+        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others teach by KL alone")
+    stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
+    of_train = sar.subset(train.indices), [sar_paths[i] for i in train.indices]
+    batches = Batches(stream, train.labels, device, EPOCHS, *of_train, (rank(), world_size()))
 
     @torch.no_grad()
     def ask_teacher(indices, views):
@@ -142,7 +139,7 @@ def main():
     teacher_outputs = ask_teacher
     if CACHE_TEACHER:
         teacher_outputs = FrozenCache(
-            ask_teacher, batches.draws(), len(train), BATCH_SIZE, budget, STORE_DIR, torch.float16
+            ask_teacher, batches.draws(), len(has_label), BATCH_SIZE, budget, STORE_DIR, torch.float16
         )
     augment = Augmentation(sar_grey, JITTER, SPECKLE, ROTATION, sizes)
 
@@ -171,8 +168,8 @@ def main():
         "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
-    held_out_chips = sar.subset(held_out), pairs.labels[held_out]
-    validate = Validation(*(labelled or held_out_chips), size, sar_grey)
+    held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
+    validate = Validation(*(labelled or held_out), size, sar_grey)
     if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, INIT, source)):
         return run.announce("finetune.py", "STUDENT")
     if COMPILE:

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sar_feature
 from data.augment import Augmentation
 from data.batches import Batches
-from data.entities import find_entities, split_pairs
+from data.entities import find_entities
 from data.layouts import find_pairs
 from data.sampler import WeightedStream
+from data.split import choose_training
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores
 from models.distillation import distillation_loss
 from models.focal import focal_loss
@@ -72,18 +73,18 @@ def main():
     eo, sar = place_stores(budget, eo_chips, sar_chips)
     labelled = labelled_chips(source["data_root"], pairs, reading, budget, STORE_DIR, False)
     entities = find_entities(pairs, STORE_DIR)
-    train, held_out = split_pairs(pairs, entities, 0.0 if labelled else source["val_fraction"])
-    eo, sar_train, labels = eo.subset(train), sar.subset(train), pairs.labels[train]
-    stream = WeightedStream(labels, run.batch_size, sar_feature.BALANCE, SEED, entities[train], BALANCE_ENTITIES)
-    batches = Batches(stream, labels, device, EPOCHS, sar_train)
-    sar_grey, scales = grey_statistics(sar_chips, train), sar_feature.TRAIN_SCALES
+    train = choose_training(pairs, entities, 0.0 if labelled else source["val_fraction"])
+    eo_train, by_entity = eo.subset(train.indices), (train.entities, BALANCE_ENTITIES)
+    stream = WeightedStream(train.labels, run.batch_size, sar_feature.BALANCE, SEED, *by_entity)
+    batches = Batches(stream, train.labels, device, EPOCHS, sar.subset(train.indices))
+    sar_grey, scales = grey_statistics(sar_chips, train.indices), sar_feature.TRAIN_SCALES
     strength, sizes = (sar_feature.JITTER, sar_feature.SPECKLE, 0.0), [scaled(size, scale) for scale in scales]
     augment_sar = Augmentation(sar_grey, *strength, sizes)
     augment_eo = Augmentation(source["grey"], sar_feature.JITTER, 0.0, 0.0, sizes)
 
     def loss_of(batch):
         logits = sar_network(augment_sar(batch))
-        eo_logits = eo_network(augment_eo(replace(batch, chips=eo[batch.indices])))
+        eo_logits = eo_network(augment_eo(replace(batch, chips=eo_train[batch.indices])))
         # Each network learns from the labels and from the other one, which is detached.
         of_labels = sum(focal_loss(x, batch.labels, sar_feature.GAMMA) for x in (logits, eo_logits))
         temperature = sar_feature.TEMPERATURE
@@ -98,7 +99,8 @@ def main():
     optimization = Optimization(
         sar_feature.LEARNING_RATE, sar_feature.WEIGHT_DECAY, sar_feature.WARMUP_EPOCHS, sar_feature.CLIP, seed=SEED
     )
-    validate = Validation(*(labelled or (sar.subset(held_out), pairs.labels[held_out])), size, sar_grey)
+    held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
+    validate = Validation(*(labelled or held_out), size, sar_grey)
     if run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, source=source)):
         fit(Learner(sar_network, loss_of, batches, optimization, [eo_network]), batches, validate, run, contents)
 

@@ -1,7 +1,7 @@
 """Entities: which training pairs show the same object.
 
 A survey sees the same few vehicles in frame after frame, so that a class holds far fewer objects than chips.
-Pairs of one entity are held out together (`data.sampler.stratified_split`), and entities, not only classes, can be
+Pairs of one entity are held out together (`data.split.stratified_split`), and entities, not only classes, can be
 drawn equally often.
 
 Within a class, two EO chips whose correlation exceeds CORRELATION show the same entity, and so do chips that a
@@ -16,10 +16,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.errors import DataError, named
+from data.errors import DataError
 from data.layouts import SUFFIXES, read_table
 from data.lock import locked
-from data.sampler import stratified_split
 from data.store import open_store, store_digest
 
 import numpy as np
@@ -108,27 +107,6 @@ def _names(pairs):
             if index_of.setdefault(stem, index) != index:
                 index_of[stem] = -1
     return index_of
-
-
-def split_pairs(pairs, entities, fraction, *excluded):
-    """`data.sampler.stratified_split` of the pairs; prints which classes cannot be validated on pairs.
-
-    If no class shows two entities, single pairs are held out. With fraction 0 all pairs are for training.
-    """
-    if not fraction:
-        return stratified_split(pairs.labels, entities, fraction, *excluded)
-    of_entity = pairs.labels[np.unique(entities, return_index=True)[1]]  # the class of each entity
-    single = np.bincount(of_entity, minlength=len(pairs.classes)) == 1
-    if single.all():
-        print(
-            "each class shows one entity, so pairs are held out chip by chip: validation on pairs sees the objects of "
-            "training, and flatters"
-        )
-        entities = np.arange(len(entities))
-    elif single.any():
-        names = named(pairs.classes[label] for label in np.flatnonzero(single))
-        print(f"classes of one entity keep it for training, so that they cannot be validated on pairs: {names}")
-    return stratified_split(pairs.labels, entities, fraction, *excluded)
 
 
 def _in_order(keys):

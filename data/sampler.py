@@ -9,7 +9,6 @@ chips is not used, because it is limited to 2^24 of them.
 """
 
 from data.augment import VIEWS
-from data.errors import DataError
 
 import numpy as np
 
@@ -215,84 +214,3 @@ class _Entities:
         entities = np.minimum(np.searchsorted(self.weights, drawn, side="right") - 1, first + count - 1)
         start, count = self.chips_of(entities)
         return self.order[start + (random.random(classes.shape) * count).astype(np.int64)].astype(np.int64)
-
-
-def stratified_split(labels, entities, fraction, *excluded):
-    """Training and validation indices; the same labels, entities and fraction always give the same split.
-
-    Each class gives about fraction * count of its chips to validation, as whole entities, but at least one entity if
-    it has two (and fraction is not 0), and never its last one, nor one with more than half of the class's chips.
-    The split does not depend on the seed of the run, so that all stages hold out the same chips.
-
-    Args:
-        labels: [N] integers.
-        entities: [N] integers, each in one class (`data.entities`); np.arange(N) = every chip is one of its own.
-        fraction: of the chips that is held out, 0..1.
-        excluded: arrays of indices that are removed from both after the split, such as unreadable chips.
-
-    Returns:
-        train, validation: int64 arrays, sorted.
-
-    Raises:
-        DataError: no chip is left for training.
-    """
-    random = np.random.default_rng(0)
-    validation = []
-    for label in np.unique(labels):
-        chips = np.flatnonzero(labels == label)
-        _, of_chip = np.unique(entities[chips], return_inverse=True)
-        held_out = _held_out(np.bincount(of_chip), max(round(fraction * len(chips)), 1 if fraction else 0), random)
-        validation.append(chips[np.isin(of_chip, held_out)])
-    validation = np.sort(np.concatenate(validation)).astype(np.int64)
-    train = np.setdiff1d(np.arange(len(labels)), validation)
-    excluded = np.concatenate([*excluded, []]).astype(np.int64)
-    train, validation = np.setdiff1d(train, excluded), np.setdiff1d(validation, excluded)
-    if not len(train):
-        raise DataError("no pair is left of which both files are readable images; add chips")
-    return train, validation
-
-
-def _held_out(sizes, wanted, random):
-    """Which entities of a class to hold out, a list, so that they have about `wanted` chips.
-
-    sizes: [E] chips of each entity; random: generator of the order in which they are tried.
-    """
-    order = random.permutation(len(sizes))
-    order = order[2 * sizes[order] <= sizes.sum()]
-    held_out, count = [], 0
-    for entity in order:
-        if count + sizes[entity] <= min(wanted, sizes.sum() - 1):
-            held_out.append(entity)
-            count += sizes[entity]
-    # One more, if that comes nearer: with few large entities the first pass may have found none.
-    rest = np.setdiff1d(order, held_out)
-    if wanted and len(rest):
-        nearest = rest[np.argmin(abs(count + sizes[rest] - wanted))]
-        nearer = abs(count + sizes[nearest] - wanted) < abs(count - wanted)
-        if (nearer or not count) and count + sizes[nearest] < sizes.sum():
-            held_out.append(nearest)
-    return held_out
-
-
-def choose_labelled(labels, share):
-    """Which training chips keep their labels, bool [N]: round(share * count) of each class, but at least one.
-
-    The same labels and share always give the same choice, and a larger share contains a smaller one.
-
-    Args:
-        labels: [N] integers; share: 0..1; 0 = none at all.
-    """
-    random, known = np.random.default_rng(0), np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        chips = random.permutation(np.flatnonzero(labels == label))
-        known[chips[: max(round(share * len(chips)), 1 if share else 0)]] = True
-    return known
-
-
-def few_of_each(labels, most):
-    """Indices, int64, sorted, of at most `most` chips of each class, evenly spread over its chips.
-
-    labels: [N] integers.
-    """
-    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(np.concatenate([chips[:: -(-len(chips) // most)] for chips in classes]))

@@ -10,9 +10,10 @@ import zipfile
 from collections import Counter
 
 from data.augment import to_input, turn
-from data.entities import find_entities, split_pairs
+from data.entities import find_entities
 from data.layouts import find_pairs, find_unlabelled
-from data.sampler import BalancedStream, WeightedStream, choose_labelled
+from data.sampler import BalancedStream, WeightedStream
+from data.split import choose_labelled, split_pairs
 from data.store import ChipStore, open_store
 from tests.conftest import ROOT, TINY, load, must, run_script, same
 from utils.predict.tta import predict
@@ -181,7 +182,7 @@ def test_no_stage_trains_on_an_entity_that_is_held_out(pipeline, captured, tiny_
         splits.append(split_pairs(*arguments))
         return splits[-1]
 
-    monkeypatch.setattr("data.entities.split_pairs", capture)
+    monkeypatch.setattr("data.split.split_pairs", capture)
     teacher, student = (load(pipeline[0] / f"runs/{stage}/best.pt") for stage in ("pretrain", "sar_feature"))
     torch.save(teacher | {"entities": str(listed)}, tmp_path / "teacher.pt")
     torch.save(student | {"entities": str(listed)}, tmp_path / "student.pt")

@@ -4,7 +4,7 @@ import time
 
 from data import entities as module
 from data.decode import decode
-from data.entities import discover, find_entities, read_entities, split_pairs
+from data.entities import discover, find_entities, read_entities
 from data.errors import DataError
 from data.layouts import Pairs, find_pairs
 from tests.conftest import real_chips
@@ -211,20 +211,3 @@ def test_unreadable_chips_are_entities_of_their_own(root):
     with pytest.raises(DataError, match="2 files are no readable images"):
         find_entities(pairs, root / "chips")
     assert find_entities(pairs, root / "chips", skip_bad=True)[:7].tolist() == [0, 1, 2, 3, 3, 4, 2]
-
-
-def test_a_class_of_one_entity_is_named_and_trains(root, capsys):
-    pairs = find_pairs(root / "data")
-    entities = np.array([0] * 7 + FOUND) + np.repeat([0, 1], 7)
-    train, held_out = split_pairs(pairs, entities, 0.3)
-    assert "cannot be validated on pairs: ant\n" in capsys.readouterr().out
-    assert set(range(7)) <= set(train) and len(held_out) and not set(entities[train]) & set(entities[held_out])
-    split_pairs(pairs, np.arange(14), 0.3)
-    assert not capsys.readouterr().out
-
-
-def test_without_a_class_of_two_entities_single_pairs_are_held_out(root, capsys):
-    pairs = find_pairs(root / "data")
-    train, held_out = split_pairs(pairs, np.repeat([0, 1], 7), 0.3)
-    assert "pairs are held out chip by chip" in capsys.readouterr().out
-    assert np.bincount(pairs.labels[held_out]).tolist() == [2, 2] and len(train) == 10

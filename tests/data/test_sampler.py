@@ -1,16 +1,8 @@
 import hashlib
 from collections import Counter
 
-from data.errors import DataError
-from data.sampler import (
-    BalancedStream,
-    WeightedStream,
-    _ClassMembers,
-    _shuffled,
-    choose_labelled,
-    few_of_each,
-    stratified_split,
-)
+from data.sampler import BalancedStream, WeightedStream, _ClassMembers, _shuffled
+from data.split import few_of_each, stratified_split
 
 import numpy as np
 import pytest
@@ -150,56 +142,6 @@ def test_members_sorted_in_chunks_are_those_sorted_at_once(monkeypatch):
     np.testing.assert_array_equal(members.order, np.argsort(SHUFFLED, kind="stable"))
 
 
-def test_few_of_each_class():
-    chosen = few_of_each(SHUFFLED, 50)
-    assert Counter(SHUFFLED[chosen].tolist()) == {0: 50, 1: 40, 2: 30, 4: 3}
-    assert (np.diff(chosen) > 0).all()
-
-
-def test_split_is_stratified_stable_and_disjoint():
-    train, held = stratified_split(SHUFFLED, ALONE, 0.1)
-    assert sorted([*train, *held]) == list(range(len(SHUFFLED)))
-    assert Counter(SHUFFLED[held].tolist()) == {0: 50, 1: 12, 2: 3, 4: 1}
-    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, ALONE, 0.1)[1])
-    assert len(stratified_split(SHUFFLED, ALONE, 0.0)[1]) == 0
-    assert len(stratified_split(np.array([0, 0, 1]), np.arange(3), 0.5)[1]) == 1  # never a class's last chip
-
-
-def test_excluded_chips_are_in_neither_side_and_do_not_move_the_split():
-    train, held = stratified_split(SHUFFLED, ALONE, 0.1)
-    excluded = np.array([train[0], train[5]]), held[:2]
-    less_train, less_held = stratified_split(SHUFFLED, ALONE, 0.1, *excluded)
-    assert less_train.tolist() == sorted({*train} - {*excluded[0]})
-    assert less_held.tolist() == sorted({*held} - {*excluded[1]})
-    with pytest.raises(DataError, match="no pair is left"):
-        stratified_split(SHUFFLED, ALONE, 0.1, np.arange(len(SHUFFLED)))
-
-
-def test_an_entity_is_held_out_as_a_whole():
-    train, held = stratified_split(SHUFFLED, ENTITIES, 0.1)
-    assert sorted([*train, *held]) == list(range(len(SHUFFLED)))
-    assert not set(ENTITIES[train]) & set(ENTITIES[held])
-    # As near to the share as the entities allow; of the 30 chips of class 2, 27 are one entity, 3 are wanted.
-    assert Counter(SHUFFLED[held].tolist()) == {0: 50, 1: 12, 2: 3}
-    np.testing.assert_array_equal(held, stratified_split(SHUFFLED, ENTITIES, 0.1)[1])
-
-
-@pytest.mark.parametrize("sizes, fraction, held_out", [
-    ([5], 0.5, 0),  # the only one
-    ([5, 5], 0.1, 5),  # the nearest is more than wanted
-    ([5, 5], 0.9, 5),  # never the last one
-    ([40, 4, 3], 0.5, 7),  # never more than half of the class
-    ([40, 4, 3], 0.02, 3),
-    ([10, 10, 10, 70], 0.14, 10),
-    ([10, 10, 10, 70], 0.16, 20),
-    ([5, 5], 0.0, 0),
-])  # fmt: skip
-def test_the_share_held_out_is_as_near_as_whole_entities_allow(sizes, fraction, held_out):
-    entities = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    _, held = stratified_split(np.zeros(len(entities), np.int64), entities, fraction)
-    assert len(held) == held_out
-
-
 def test_draws_are_those_of_earlier_versions():
     """A run that resumes, and the figures in docs/, rest on the same draws."""
     digest = hashlib.sha256()
@@ -210,12 +152,3 @@ def test_draws_are_those_of_earlier_versions():
     for array in (*stratified_split(SHUFFLED, ALONE, 0.1), few_of_each(SHUFFLED, 50)):
         digest.update(array.astype("<i8").tobytes())
     assert digest.hexdigest() == "85e2dd414c6e3a042c456b5fe6f947dd15e8cc1f69d109c51e3612a84a9fa307"
-
-
-def test_the_labelled_share_keeps_every_class_and_grows_with_the_share():
-    labels = np.repeat([0, 1, 2, 4], [1000, 55, 4, 1])
-    tenth, quarter = choose_labelled(labels, 0.1), choose_labelled(labels, 0.25)
-    assert np.bincount(labels[tenth]).tolist() == [100, 6, 1, 0, 1]
-    assert np.bincount(labels[quarter]).tolist() == [250, 14, 1, 0, 1]
-    assert (quarter | ~tenth).all() and (tenth == choose_labelled(labels, 0.1)).all()
-    assert choose_labelled(labels, 1.0).all() and not choose_labelled(labels, 0.0).any()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data.errors import DataError
-from data.sampler import few_of_each
+from data.split import few_of_each
 
 import numpy as np
 import torch

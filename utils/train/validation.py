@@ -2,7 +2,7 @@
 
 from data.errors import DataError
 from data.layouts import find_validation
-from data.sampler import few_of_each
+from data.split import few_of_each
 from data.store import open_store, place_stores, unreadable
 from utils.predict.tta import IDENTITY, predict
 from utils.report.metrics import class_mean_accuracy

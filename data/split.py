@@ -1,0 +1,166 @@
+"""Which pairs a stage trains on, which of their labels it uses, and which pairs it holds out to validate on."""
+
+from dataclasses import dataclass, replace
+
+from data.errors import DataError, named
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """The pairs that a stage trains on, T of them.
+
+    indices: int64 [T], of the pairs with labels and, after them, those without.
+    labels: int64 [T]; -1 = the class of this pair is not known.
+    entities: [T] ids, each in one class.
+    held_out: int64 indices of the pairs to validate on.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    entities: np.ndarray
+    held_out: np.ndarray
+
+    @property
+    def has_label(self):
+        """bool [T]"""
+        return self.labels >= 0
+
+    def labelled(self):
+        """Those with labels alone."""
+        chosen = self.has_label
+        chosen = self.indices[chosen], self.labels[chosen], self.entities[chosen]
+        return TrainingPairs(*chosen, self.held_out)
+
+    def with_labels(self, labels):
+        """All of them; those without a label get these, int64, one for each. An entity is then one for each class."""
+        filled = self.labels.copy()
+        filled[~self.has_label] = labels
+        of_both = self.entities * (filled.max() + 1) + filled
+        return replace(self, labels=filled, entities=np.unique(of_both, return_inverse=True)[1])
+
+
+def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, unlabelled=0):
+    """The `TrainingPairs` of a stage; the same arguments always give the same ones.
+
+    Args:
+        pairs: `data.layouts.Pairs`, N of them; entities: [N] ids, of `data.entities.find_entities`.
+        fraction: of the pairs to hold out, of `split_pairs`; 0 = none.
+        excluded: arrays of indices that are left out, such as unreadable chips.
+        labelled_share: of the training pairs of each class whose labels are used, of `choose_labelled`.
+        unlabelled: number of further pairs without labels, with the indices N, N + 1, ...
+
+    Raises:
+        DataError: of `split_pairs`.
+    """
+    train, held_out = split_pairs(pairs, entities, fraction, *excluded)
+    labels = np.where(choose_labelled(pairs.labels[train], labelled_share), pairs.labels[train], -1)
+    further = np.arange(unlabelled)
+    indices = np.concatenate((train, len(entities) + further))
+    labels = np.concatenate((labels, np.full(unlabelled, -1)))
+    entities = np.concatenate((entities[train], entities.max() + 1 + further))
+    good = ~np.isin(indices, np.concatenate([*excluded, []]))
+    return TrainingPairs(indices[good], labels[good], entities[good], held_out)
+
+
+def split_pairs(pairs, entities, fraction, *excluded):
+    """`stratified_split` of the pairs; prints which classes cannot be validated on pairs.
+
+    If no class shows two entities, single pairs are held out. With fraction 0 all pairs are for training.
+    """
+    if not fraction:
+        return stratified_split(pairs.labels, entities, fraction, *excluded)
+    of_entity = pairs.labels[np.unique(entities, return_index=True)[1]]  # the class of each entity
+    single = np.bincount(of_entity, minlength=len(pairs.classes)) == 1
+    if single.all():
+        print(
+            "each class shows one entity, so pairs are held out chip by chip: validation on pairs sees the objects of "
+            "training, and flatters"
+        )
+        entities = np.arange(len(entities))
+    elif single.any():
+        names = named(pairs.classes[label] for label in np.flatnonzero(single))
+        print(f"classes of one entity keep it for training, so that they cannot be validated on pairs: {names}")
+    return stratified_split(pairs.labels, entities, fraction, *excluded)
+
+
+def stratified_split(labels, entities, fraction, *excluded):
+    """Training and validation indices; the same labels, entities and fraction always give the same split.
+
+    Each class gives about fraction * count of its chips to validation, as whole entities, but at least one entity if
+    it has two (and fraction is not 0), and never its last one, nor one with more than half of the class's chips.
+    The split does not depend on the seed of the run, so that all stages hold out the same chips.
+
+    Args:
+        labels: [N] integers.
+        entities: [N] integers, each in one class (`data.entities`); np.arange(N) = every chip is one of its own.
+        fraction: of the chips that is held out, 0..1.
+        excluded: arrays of indices that are removed from both after the split, such as unreadable chips.
+
+    Returns:
+        train, validation: int64 arrays, sorted.
+
+    Raises:
+        DataError: no chip is left for training.
+    """
+    random = np.random.default_rng(0)
+    validation = []
+    for label in np.unique(labels):
+        chips = np.flatnonzero(labels == label)
+        _, of_chip = np.unique(entities[chips], return_inverse=True)
+        held_out = _held_out(np.bincount(of_chip), max(round(fraction * len(chips)), 1 if fraction else 0), random)
+        validation.append(chips[np.isin(of_chip, held_out)])
+    validation = np.sort(np.concatenate(validation)).astype(np.int64)
+    train = np.setdiff1d(np.arange(len(labels)), validation)
+    excluded = np.concatenate([*excluded, []]).astype(np.int64)
+    train, validation = np.setdiff1d(train, excluded), np.setdiff1d(validation, excluded)
+    if not len(train):
+        raise DataError("no pair is left of which both files are readable images; add chips")
+    return train, validation
+
+
+def _held_out(sizes, wanted, random):
+    """Which entities of a class to hold out, a list, so that they have about `wanted` chips.
+
+    sizes: [E] chips of each entity; random: generator of the order in which they are tried.
+    """
+    order = random.permutation(len(sizes))
+    order = order[2 * sizes[order] <= sizes.sum()]
+    held_out, count = [], 0
+    for entity in order:
+        if count + sizes[entity] <= min(wanted, sizes.sum() - 1):
+            held_out.append(entity)
+            count += sizes[entity]
+    # One more, if that comes nearer: with few large entities the first pass may have found none.
+    rest = np.setdiff1d(order, held_out)
+    if wanted and len(rest):
+        nearest = rest[np.argmin(abs(count + sizes[rest] - wanted))]
+        nearer = abs(count + sizes[nearest] - wanted) < abs(count - wanted)
+        if (nearer or not count) and count + sizes[nearest] < sizes.sum():
+            held_out.append(nearest)
+    return held_out
+
+
+def choose_labelled(labels, share):
+    """Which training chips keep their labels, bool [N]: round(share * count) of each class, but at least one.
+
+    The same labels and share always give the same choice, and a larger share contains a smaller one.
+
+    Args:
+        labels: [N] integers; share: 0..1; 0 = none at all.
+    """
+    random, known = np.random.default_rng(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        chips = random.permutation(np.flatnonzero(labels == label))
+        known[chips[: max(round(share * len(chips)), 1 if share else 0)]] = True
+    return known
+
+
+def few_of_each(labels, most):
+    """Indices, int64, sorted, of at most `most` chips of each class, evenly spread over its chips.
+
+    labels: [N] integers.
+    """
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([chips[:: -(-len(chips) // most)] for chips in classes]))
