@@ -51,6 +51,7 @@ GAMMA = 0.0  # of the focal loss; 0 = cross-entropy
 OOD_CHIPS = 1000  # most chips of a class that the out-of-distribution scores are fitted on
 BACKGROUND = 0.75  # of the Gaussian energy: share of all chips' log density taken off each class's; 0 = none
 ALL_VIEWS = True  # True: all flips, rotations and trained scales of a chip; False: the chip as it is
+CHOOSE_SCALES = True  # True: results.py leaves out scales that clearly cost accuracy in validation; False: keeps all
 SEED = 0  # fixes everything random
 RESUME = True  # go on with a run that was stopped; False starts anew and keeps the old run beside it
 SAVE_EVERY_MIN = 10.0  # minutes between two writings of last.pt within an epoch
@@ -97,11 +98,13 @@ def main():
     batches = Batches(stream, labels, device, EPOCHS, paths=paths, ranks=(rank(), world_size()))
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
-    contents = source | {"data_root": root, "entities": listed, "views": all_views(scales) if ALL_VIEWS else IDENTITY}
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
-    validate = Validation(*(labelled or held_out), size, grey, contents["views"])
+    validate = Validation(*(labelled or held_out), size, grey)
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
+    predicted = validate.best_scales(model, scales) if CHOOSE_SCALES and len(scales) > 1 else scales
+    validate.views = all_views(predicted) if ALL_VIEWS else IDENTITY
+    contents = source | {"data_root": root, "entities": listed, "views": validate.views}
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every
     # scale that the student knows. A step takes one of them, or the head would forget the others.
@@ -116,7 +119,8 @@ def main():
         return FrozenCache(features, chain(in_views, drawn), len(labels), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
-    requests = tqdm(list(product(features, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
+    chosen = [at_scale for at_scale, scale in zip(features, scales, strict=True) if scale in predicted]
+    requests = tqdm(list(product(chosen, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()
     counts = np.bincount(labels, minlength=len(pairs.classes))

@@ -1,0 +1,56 @@
+"""Which scales the views keep: the choice by hand, on networks whose errors are made."""
+
+from data.store import ChipStore
+from models.backbone import Classifier
+from utils.predict.tta import all_views, predict
+from utils.train import validation
+from utils.train.validation import Validation
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+SCALES = (0.875, 1.0, 1.125)
+LABELS = np.repeat([0, 1], [300, 100])
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    def choose(wrong):
+        """The scales that are kept where a network is wrong on the first chips of each class: {scale: how many}."""
+
+        def made(model, store, image_size, grey, views, progress=""):
+            (scale,) = {scale for _, scale in views}
+            assert len(views) == 8
+            is_right = torch.from_numpy(np.concatenate([np.arange(300), np.arange(100)]) >= wrong[scale])
+            logits = F.one_hot(torch.from_numpy(LABELS), 2).float()
+            return torch.where(is_right[:, None], logits, 1 - logits), None
+
+        monkeypatch.setattr(validation, "predict", made)
+        store = ChipStore(np.zeros((400, 8, 8), np.uint8), torch.device("cpu"))
+        return Validation(store, LABELS, 8, (0.5, 0.1)).best_scales(None, tuple(wrong))
+
+    return choose
+
+
+def test_scales_that_clearly_cost_accuracy_are_left_out(chosen, capsys):
+    assert chosen({0.875: 20, 1.0: 0, 1.125: 20}) == (1.0,)  # mean per-class accuracy 0.867 and 1
+    assert "scale 1 alone: in validation its mean per-class accuracy is 0.133 above" in capsys.readouterr().out
+    assert chosen({0.8: 20, 1.1: 0, 1.3: 20}) == (1.1,)  # the nearest to 1
+
+
+def test_scales_stay_where_the_difference_may_be_chance(chosen):
+    assert chosen({0.875: 1, 1.0: 0, 1.125: 1}) == SCALES  # one chip of each class: within two standard errors
+    assert chosen({0.875: 0, 1.0: 20, 1.125: 0}) == SCALES
+    assert chosen({0.875: 0, 1.0: 0, 1.125: 0}) == SCALES
+
+
+def test_the_views_that_are_compared_are_those_of_all_scales():
+    """On a real network: the mean over the scales' logits is the prediction over all views."""
+    torch.manual_seed(0)
+    model = Classifier("test_resnet", 2, 32).eval()
+    store = ChipStore(np.random.default_rng(0).integers(0, 255, (6, 32, 32), np.uint8), torch.device("cpu"))
+    apart = [predict(model, store, 32, (0.5, 0.2), all_views((scale,)))[0] for scale in SCALES]
+    together = predict(model, store, 32, (0.5, 0.2), all_views(SCALES))[0]
+    torch.testing.assert_close(sum(apart) / 3, together, atol=1e-5, rtol=1e-5)
