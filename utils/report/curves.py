@@ -17,8 +17,9 @@ def plot_history(path, history):
     figure, axes = subplots(1, len(PANELS), size=(14, 3.4))
     for axis, panel in zip(axes, PANELS, strict=True):
         columns = [name for name in history[-1] if panel in name]
-        for name, colour in zip(columns, COLOURS, strict=False):
-            axis.plot(epochs, [row[name] for row in history], marker=".", label=name, color=colour)
+        # Lines that coincide, such as the two accuracies of balanced classes, stay visible by their styles.
+        for name, colour, style in zip(columns, COLOURS, ("-", "-", "--"), strict=False):
+            axis.plot(epochs, [row[name] for row in history], style, marker=".", label=name, color=colour)
         axis.set(title=panel, xlabel="epoch")
         axis.grid(alpha=0.3)
     handles, names = axes[PANELS.index("accuracy")].get_legend_handles_labels()

@@ -91,6 +91,7 @@ PATHS = {
     "DATA_ROOT", "TEST_DIR", "OUT_DIR", "STORE_DIR", "TEACHER", "STUDENT", "CHECKPOINT", "WEIGHTS", "INIT", "OUT",
     "ENTITIES",
 }  # fmt: skip
+CHECKPOINTS = {"TEACHER", "STUDENT", "CHECKPOINT"}  # one of them in each script but the first
 FOLDERS = {"OUT_DIR", "STORE_DIR"}  # made if they do not exist
 
 # Where and how a run computes, not what: a stopped run goes on with other values of these. BATCH_SIZE counts

@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.run.rules import FOLDERS, NUMBERS, PATHS, RULES
+from utils.run.rules import CHECKPOINTS, FOLDERS, NUMBERS, PATHS, RULES
 
 
 class SettingError(ValueError):
@@ -37,14 +37,15 @@ def read_settings(script, arguments=None):
     names = _constants(script["__file__"])
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        print(_help(script))
+        _print_help(script)
         raise SystemExit(0)
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
             raise SettingError(f"{argument!r} is not a setting; write NAME=VALUE, for example SEED=1")
         if name not in names:
-            near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0)
+            takes_checkpoint = CHECKPOINTS.intersection(names) if name.upper() in CHECKPOINTS else ()
+            near = list(takes_checkpoint) or difflib.get_close_matches(name.upper(), names, n=1, cutoff=0)
             raise SettingError(f"there is no constant {name}; the nearest is {near[0]}")
         script[name] = parse(name, text, script[name])
     for name in PATHS.intersection(names):
@@ -118,8 +119,11 @@ def _constants(path):
     return [target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper()]
 
 
-def _help(script):
-    """The constants with their comments, as they are written in the script."""
+def _print_help(script):
+    """Print the constants with their comments, as they are written in the script."""
     with open(script["__file__"], encoding="utf-8") as file:
         lines = [line.rstrip() for line in file if re.match(r"[A-Z_]+ = ", line)]
-    return "\n".join([script["__doc__"], "Set any of these by NAME=VALUE:", *lines])
+    try:
+        print("\n".join([script["__doc__"], "Set any of these by NAME=VALUE:", *lines]), flush=True)
+    except BrokenPipeError:  # as by `--help | head`; what is left must not be written at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,6 @@
 import runpy
+import subprocess
+import sys
 
 from tests.conftest import ROOT
 from utils.run.rules import NO_EFFECT, RULES
@@ -71,6 +73,14 @@ def test_wrong_settings(script, argument, message):
         read_settings(script, [argument])
 
 
+@pytest.mark.parametrize("stage, name, meant", [
+    ("finetune", "CHECKPOINT", "STUDENT"), ("sar_feature", "student", "TEACHER"), ("results", "TEACHER", "CHECKPOINT"),
+])  # fmt: skip
+def test_the_name_of_another_stages_checkpoint_leads_to_the_own(stage, name, meant):
+    with pytest.raises(SettingError, match=f"no constant {name}; the nearest is {meant}"):
+        read_settings({"__file__": str(ROOT / f"{stage}.py")}, [f"{name}=a.pt"])
+
+
 @pytest.mark.parametrize("text, value", [
     ("", ()), ("0,4095", (0.0, 4095.0)), ("(-30.5, 1e3)", (-30.5, 1000.0)), ("x,1", "a number, not 'x'"),
     ("1", None), ("2,1", None), ("1,1", None), ("0,1,2", None), ("0,1e400", None), ("-1e400,0", None),
@@ -93,6 +103,12 @@ def test_help_shows_the_constants_with_their_comments(script, capsys):
     with pytest.raises(SystemExit) as exit:
         read_settings(script, ["--help"])
     assert exit.value.code == 0 and "EPOCHS = 3  # passes" in capsys.readouterr().out
+
+
+def test_help_into_a_closed_pipe_says_nothing():
+    command = f"{sys.executable} {ROOT / 'finetune.py'} --help | head -n 0"
+    shown = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert shown.returncode == 0 and not shown.stderr
 
 
 def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
