@@ -299,7 +299,10 @@ groups = {
         "focal loss, BALANCE=1": STUDENT, "cross-entropy": "cross_entropy", "BALANCE=0": "as_they_are",
         "BALANCE=0.5": "half", "BALANCE_ENTITIES=1": "entities", "EMA=0.99": "ema", "ROTATION=20": "rotated",
     }),
-    "teacher (one view)": in_one_view({"of the default's epochs": STUDENT, "of twice as many": "of_long_teacher"}),
+    "teacher (one view)": in_one_view({
+        "half the default's epochs, no KL": "no_kl_of_short_teacher", "half, KL": "of_short_teacher",
+        "the default's epochs, no KL": "no_kl", "the default's, KL": STUDENT,
+    }),
     "features (one view)": in_one_view({
         "KL on the classes": STUDENT, "and KL on features": "kl_on_features", "and relations": "relations",
         "and contrast": "contrastive", "and MSE": "mse", "and sliced Wasserstein": "wasserstein",
