@@ -99,11 +99,11 @@ def main():
 
     scales, views = (source["scales"], VIEWS) if ALL_VIEWS else ((1.0,), 1)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
-    validate = Validation(*(labelled or held_out), size, grey)
+    validate = Validation(*(labelled or held_out), size, grey, all_views(scales) if ALL_VIEWS else IDENTITY)
     if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, source=source)):
         return run.announce("results.py", "CHECKPOINT")
-    predicted = validate.best_scales(model, scales) if CHOOSE_SCALES and len(scales) > 1 else scales
-    validate.views = all_views(predicted) if ALL_VIEWS else IDENTITY
+    if CHOOSE_SCALES:
+        validate.leave_out_scales(model)
     contents = source | {"data_root": root, "entities": listed, "views": validate.views}
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every
@@ -119,6 +119,7 @@ def main():
         return FrozenCache(features, chain(in_views, drawn), len(labels), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
+    predicted = {scale for _, scale in validate.views}
     chosen = [at_scale for at_scale, scale in zip(features, scales, strict=True) if scale in predicted]
     requests = tqdm(list(product(chosen, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)

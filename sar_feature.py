@@ -98,8 +98,8 @@ def main():
     same = student.width == teacher.width or not FEATURE_WEIGHT
     project = (nn.Identity() if same else nn.Linear(student.width, teacher.width)).to(device)
 
-    further = find_unlabelled(root)
-    eo_paths, sar_paths = pairs.eo + further[0], pairs.sar + further[1]
+    further_eo, further_sar = find_unlabelled(root)
+    eo_paths, sar_paths = pairs.eo + further_eo, pairs.sar + further_sar
     side, grey_range = reading = choose_reading(sar_paths, GREY_RANGE)
     eo_chips = open_store(eo_paths, STORE_DIR, SKIP_BAD, source["chip_side"], source["grey_range"])
     sar_chips = open_store(sar_paths, STORE_DIR, SKIP_BAD, *reading)
@@ -111,7 +111,7 @@ def main():
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
     fraction = 0.0 if labelled else source["val_fraction"]
-    train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, unlabelled=len(further[0]))
+    train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, unlabelled=len(further_eo))
     if not KL_WEIGHT and not FEATURE_WEIGHT:
         train = train.labelled()
         check(len(train.labels), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")

@@ -117,7 +117,6 @@ NETWORKS = {
     "soft_kl": _student("TEMPERATURE=4"),
     "head_as_they_are": _head("BALANCED=False"),
     "head_one_view": _head("ALL_VIEWS=False"),
-    "head_all_scales": _head("CHOOSE_SCALES=False"),
     "head_no_kl": _head(source="no_kl"),
     **{f"kl_{share}": _student(f"LABELLED_SHARE={share / 100}") for share in SHARES},
     # Twenty epochs of a twentieth of the pairs are as many steps as one epoch of all.

@@ -56,12 +56,13 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, un
     """
     train, held_out = split_pairs(pairs, entities, fraction, *excluded)
     labels = np.where(choose_labelled(pairs.labels[train], labelled_share), pairs.labels[train], -1)
-    further = np.arange(unlabelled)
-    indices = np.concatenate((train, len(entities) + further))
-    labels = np.concatenate((labels, np.full(unlabelled, -1)))
-    entities = np.concatenate((entities[train], entities.max() + 1 + further))
-    good = ~np.isin(indices, np.concatenate([*excluded, []]))
-    return TrainingPairs(indices[good], labels[good], entities[good], held_out)
+    count = len(entities)
+    further = np.setdiff1d(np.arange(count, count + unlabelled), np.concatenate([*excluded, []]))
+    indices = np.concatenate((train, further))
+    labels = np.concatenate((labels, np.full(len(further), -1)))
+    # Each of them is an entity of its own.
+    entities = np.concatenate((entities[train], entities.max() + 1 + further - count))
+    return TrainingPairs(indices, labels, entities, held_out)
 
 
 def split_pairs(pairs, entities, fraction, *excluded):

@@ -1,5 +1,7 @@
 """Training curves."""
 
+import itertools
+
 from utils.report.figures import COLOURS, save_png, subplots
 from utils.run.files import atomic_file
 
@@ -18,7 +20,7 @@ def plot_history(path, history):
     for axis, panel in zip(axes, PANELS, strict=True):
         columns = [name for name in history[-1] if panel in name]
         # Lines that coincide, such as the two accuracies of balanced classes, stay visible by their styles.
-        for name, colour, style in zip(columns, COLOURS, ("-", "-", "--"), strict=False):
+        for name, colour, style in zip(columns, COLOURS, itertools.cycle(("-", "-", "--")), strict=False):
             axis.plot(epochs, [row[name] for row in history], style, marker=".", label=name, color=colour)
         axis.set(title=panel, xlabel="epoch")
         axis.grid(alpha=0.3)

@@ -36,25 +36,30 @@ class Validation:
             self.frozen_features = predict(model, *inputs, progress="validation")[1]
         return self.frozen_features
 
-    def best_scales(self, model, scales):
-        """The scales of the views to predict with: all of these, or the one nearest to 1 if it is clearly better alone.
+    def leave_out_scales(self, model):
+        """Leave all scales but the one nearest to 1 out of the views, if that is clearly better for a frozen model.
 
         Clearly: by more than two standard errors in mean per-class accuracy. Several scales show the network more, but
         resizing also removes detail that it goes by, such as speckle; which weighs more depends on the chips.
         """
+        scales = tuple(dict.fromkeys(scale for _, scale in self.views))
+        if len(scales) == 1:
+            return
         inputs, labels = (self.store, self.image_size, self.grey), self.labels
-        nearest = min(range(len(scales)), key=lambda i: abs(scales[i] - 1))
-        logits = [predict(model, *inputs, all_views((scale,)), progress=f"scale {scale:g}")[0] for scale in scales]
-        all_right, nearest_right = ((x.argmax(1).cpu().numpy() == labels) for x in (sum(logits), logits[nearest]))
+        of_scale = {
+            scale: predict(model, *inputs, all_views((scale,)), progress=f"scale {scale:g}") for scale in scales
+        }
+        logits, self.frozen_features = (sum(parts) / len(scales) for parts in zip(*of_scale.values(), strict=True))
+        nearest = min(scales, key=lambda scale: abs(scale - 1))
+        all_right, nearest_right = (x.argmax(1).cpu().numpy() == labels for x in (logits, of_scale[nearest][0]))
         weights = 1 / np.bincount(labels)[labels]  # the classes count equally
         gains = (nearest_right.astype(float) - all_right) * weights / weights.mean()
-        if gains.mean() <= 2 * gains.std() / len(gains) ** 0.5:
-            return scales
-        print(
-            f"the views have the scale {scales[nearest]:g} alone: in validation its mean per-class accuracy is "
-            f"{gains.mean():.3f} above that of all {len(scales)} scales"
-        )
-        return (scales[nearest],)
+        if gains.mean() > 2 * gains.std() / len(gains) ** 0.5:
+            print(
+                f"the views have the scale {nearest:g} alone: in validation its mean per-class accuracy is "
+                f"{gains.mean():.3f} above that of all {len(scales)} scales"
+            )
+            self.views, self.frozen_features = all_views((nearest,)), of_scale[nearest][1]
 
     def sample(self, model, most):
         """{"features": float16 [M, D], "labels": int64 [M]} of at most `most` chips of each class, frozen model."""

@@ -25,11 +25,16 @@ def chosen(monkeypatch):
             assert len(views) == 8
             is_right = torch.from_numpy(np.concatenate([np.arange(300), np.arange(100)]) >= wrong[scale])
             logits = F.one_hot(torch.from_numpy(LABELS), 2).float()
-            return torch.where(is_right[:, None], logits, 1 - logits), None
+            return torch.where(is_right[:, None], logits, 1 - logits), torch.full((400, 3), scale)
 
         monkeypatch.setattr(validation, "predict", made)
         store = ChipStore(np.zeros((400, 8, 8), np.uint8), torch.device("cpu"))
-        return Validation(store, LABELS, 8, (0.5, 0.1)).best_scales(None, tuple(wrong))
+        validate = Validation(store, LABELS, 8, (0.5, 0.1), all_views(tuple(wrong)))
+        validate.leave_out_scales(None)
+        kept = tuple(dict.fromkeys(scale for _, scale in validate.views))
+        assert validate.views == all_views(kept)
+        torch.testing.assert_close(validate.features(None), torch.full((400, 3), sum(kept) / len(kept)))
+        return kept
 
     return choose
 
