@@ -48,6 +48,16 @@ def test_no_gradient_into_the_teacher(loss):
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("loss", FEATURE_LOSSES.values())
+def test_autocast_and_half_precision_inputs_do_not_round_the_loss(loss):
+    student, teacher = STUDENT.bfloat16(), TEACHER.bfloat16()
+    torch.manual_seed(0)  # of the directions of the Wasserstein distance
+    wanted = loss(student.float(), teacher.float(), 0.1)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(student, teacher, 0.1), wanted)
+
+
 def test_relations_are_those_of_each_pair_with_the_others():
     student, teacher = STUDENT[:3], TEACHER[:3]
     wanted = 0.0
