@@ -80,7 +80,7 @@ def load_members(checkpoints, device):
 
 
 def set_views(members, rotations=(), scales=(), tta=True):
-    """The members with other views; prints those of the checkpoint and the new ones.
+    """The members with other views; where these differ from the checkpoint's, it prints both.
 
     Args:
         members: list of Member.
@@ -95,7 +95,7 @@ def set_views(members, rotations=(), scales=(), tta=True):
     for member in members:
         views = replace_views(member.views, rotations, scales) if tta else IDENTITY
         member.model.check_sizes({scaled(member.checkpoint["image_size"], scale) for _, scale in views})
-        if rotations or scales:
+        if (rotations or scales) and set(views) != set(member.views):
             print(
                 f"{member.path}: its head and its OOD scores know {_describe(member.views)}; "
                 f"ROTATIONS and SCALES set {_describe(views)}"

@@ -51,6 +51,7 @@ def test_views_are_those_of_the_checkpoint_until_others_are_set(make_checkpoint,
     members = load_members(make_checkpoint(views=((0, 1.0), (4, 1.0), (0, 1.25), (4, 1.25))), CPU)
     assert set_views(members)[0].views == members[0].views
     assert set_views(members, tta=False)[0].views == IDENTITY
+    assert set(set_views(members, (), ("1.25", "1"))[0].views) == set(members[0].views)
     assert not capsys.readouterr().out
     assert set_views(members, ("0", "90"), ("1",))[0].views == tta_views((0, 90), (1.0,))
     assert capsys.readouterr().out.endswith(
