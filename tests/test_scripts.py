@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import runpy
 import shutil
@@ -42,6 +43,16 @@ def test_every_stage_writes_its_outputs_and_says_what_comes_next(pipeline):
         assert f"next: python {then}" in printed[stage] and "epoch 2/2: loss" in printed[stage]
         assert "EPOCHS = 2\n" in printed[stage]
         assert load(out / "best.pt")["settings"]["EPOCHS"] == 2
+
+
+def test_a_run_of_few_steps_says_how_many_epochs_make_enough(pipeline):
+    cwd, printed = pipeline
+    for stage in STAGES[:2]:
+        steps = load(cwd / f"runs/{stage}/last.pt")["run"]["steps"] // 2
+        epochs = math.ceil(1000 / steps)
+        wanted = f"\n{2 * steps} steps in all are few to train a network with; EPOCHS={epochs} takes {epochs * steps}\n"
+        assert wanted in printed[stage]
+    assert "steps in all" not in printed["finetune"]  # a head needs fewer
 
 
 def test_results(pipeline, tiny_demo):

@@ -1,5 +1,6 @@
 """The training loop that the three training scripts share."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 READ_EVERY = 10  # steps between two readings of loss and accuracy for the progress bar
 CHOOSES = "mean per-class accuracy"  # the validation value by which best.pt is chosen
+FEW_STEPS, ENOUGH_STEPS = 300, 1000  # of a whole network; measured on 175 pairs: docs/results.md, places of UNICORN
 
 
 def fit(learner, batches, validate, run, contents):
@@ -39,6 +41,10 @@ def fit(learner, batches, validate, run, contents):
     rows, best, step = run.restore(learner)
     history = History(run.out_dir, rows, run.settings["TENSORBOARD"])
     training = _Training(learner, batches, run, contents, history, best)
+    total = batches.epochs * batches.steps
+    if total < FEW_STEPS and not learner.model.frozen and not step and not rank():
+        enough = math.ceil(ENOUGH_STEPS / batches.steps)
+        print(f"{total} steps in all are few to train a network with; EPOCHS={enough} takes {enough * batches.steps}")
     with stop_signals() as training.signals:
         # Counted by the history: a run stopped at the last step of an epoch has yet to validate it.
         for epoch in range(len(rows), batches.epochs):
