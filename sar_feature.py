@@ -154,11 +154,11 @@ def main():
         if FEATURE_WEIGHT:
             on_features = FEATURE_LOSSES[FEATURE_LOSS](project(features), teacher_features, FEATURE_TEMPERATURE)
             loss = loss + FEATURE_WEIGHT * on_features
-        if LABEL_WEIGHT and all_labelled:
-            loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA)
-        elif LABEL_WEIGHT:
-            counted = to_device(torch.from_numpy(has_label[batch.indices]), device)
-            total = total_weight(counted, batches.size)
+        if LABEL_WEIGHT:
+            counted, total = None, None  # all of them
+            if not all_labelled:
+                counted = to_device(torch.from_numpy(has_label[batch.indices]), device)
+                total = total_weight(counted, batches.size)
             loss = loss + LABEL_WEIGHT * focal_loss(logits, batch.labels, GAMMA, None, total, counted)
         return loss, logits, batch.labels
 

@@ -1,6 +1,6 @@
 """What each vote does to a checkpoint's prediction: with the numbers as they are, and with worse ones.
 
-python benchmarks/votes.py [CHECKPOINT=runs/finetune/best.pt] [DATA_ROOT=] [TEST_DIR=] [OUT_DIR=runs/results]
+python benchmarks/votes.py [CHECKPOINT=runs/finetune/best.pt] [DATA_ROOT=] [TEST_DIR=]
 
 Prints a Markdown table of accuracy / AUROC. Rows: the file names as they are; "interleaved", the same chips
 with the frames of two sequences in five mixed; "shuffled", numbers that say nothing. The networks run once.

@@ -203,10 +203,10 @@ def describe_vote(result):
     changed = (result.labels != result.probabilities.argmax(1)).sum()
     several = (np.bincount(result.clusters) > 1).sum()
     labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
-    overruled = (np.bincount(labels_of_cluster) > 1).sum()
+    differ = (np.bincount(labels_of_cluster) > 1).sum()
     return (
-        f"{changed} of {len(result.labels)} labels changed; clusters believed by {result.belief:.2f}; "
-        f"{overruled} of {several} clusters with several chips overruled: their chips keep different labels"
+        f"{changed} of {len(result.labels)} labels changed; clusters believed by {result.belief:.2f} (0 = not at all, "
+        f"1 = wholly); in {differ} of {several} clusters of several chips the labels still differ"
     )
 
 

@@ -120,7 +120,10 @@ def test_numbers_are_believed_where_they_mean_something(cluster_by):
 def test_what_the_vote_did_in_words():
     names = np.array([0, 0, 1, 1, 2])
     result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, None, None)
-    assert describe_vote(result).startswith("2 of 5 labels changed; clusters believed by 0.50; 1 of 2 clusters")
+    assert describe_vote(result) == (
+        "2 of 5 labels changed; clusters believed by 0.50 (0 = not at all, 1 = wholly); in 1 of 2 clusters of several "
+        "chips the labels still differ"
+    )
 
 
 def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():
