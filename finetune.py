@@ -127,6 +127,9 @@ def main():
     counts = np.bincount(labels, minlength=len(pairs.classes))
     contents["ood"] = fit_scores(mean, labels[fitted_on], counts, BACKGROUND)
     contents["validation"] = validate.sample(model, OOD_CHIPS)
+    if labelled:  # pairs that were held out do not say how often a class is in the test
+        in_val = np.bincount(labelled[1], minlength=len(pairs.classes))
+        contents["validation"]["counts"] = torch.from_numpy(in_val)
 
     def loss_of(batch):
         at_scale = features[batch.step % len(scales)]

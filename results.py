@@ -41,6 +41,7 @@ CLUSTER_BY = "auto"  # "features", "sequence" (of file numbers), "both", "none";
 CLUSTERS = 0  # number of clusters of "features"; 0 = one for five chips, at most 1000
 SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
 VOTE = "mixture"  # believes a cluster as far as its chips agree; of one winner: "product", "soft", "hard"
+CLASS_SHARES = 0.5  # of "mixture": how far it moves the classes' shares to those of val/; 0 = as predicted, 1 = wholly
 VOTE_MIN_SHARE = 0.0  # of one winner: a cluster whose winner has a smaller share of the vote keeps its labels
 OOD_SCORE = ""  # a name in utils/predict/ood.py; empty: "gaussian_energy", or "energy" if it was not fitted
 OOD_TEMPERATURE = 1.0  # T of the scores that have one
@@ -58,7 +59,7 @@ def main():
     members = set_views(load_members(CHECKPOINT, device), ROTATIONS, SCALES, TTA)
     score = choose_score(OOD_SCORE, members)
     pipeline = PipelineSettings(
-        score, OOD_TEMPERATURE, CLUSTER_BY, CLUSTERS, SEQUENCE_GAP, VOTE, VOTE_MIN_SHARE, CLUSTER_SCORE
+        score, OOD_TEMPERATURE, CLUSTER_BY, CLUSTERS, SEQUENCE_GAP, VOTE, VOTE_MIN_SHARE, CLUSTER_SCORE, CLASS_SHARES
     )
     print(f"OOD score: {score}", flush=True)
 
@@ -96,7 +97,8 @@ def main():
         OUT_DIR, image_ids(paths), class_ids, result.confidence, seconds, device.type == "cuda", method
     )
     print(f"{len(paths)} chips, {result.clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
-    print(f"vote: {describe_vote(result)}")
+    of_vote = describe_vote(result, first["classes"])
+    print(f"vote: {of_vote}")
 
     # Scores after each step, and the report.
     steps = {
@@ -110,7 +112,7 @@ def main():
         steps = {"one view": (single.labels, single.confidence)} | steps
     prediction = Prediction(
         first["classes"], settings, steps, result.probabilities, result.clusters, result.features,
-        lambda indices: stores[readings[-1]][indices].cpu().numpy(), seconds, first["counts"], describe_vote(result),
+        lambda indices: stores[readings[-1]][indices].cpu().numpy(), seconds, first["counts"], of_vote,
         nearest_classes(outputs[0]), truth,
     )  # fmt: skip
     remove_old_scores(Path(OUT_DIR))

@@ -185,7 +185,8 @@ def step_by_step(experiment):
         "+ KL": experiment.one_view(STUDENT),
         "+ class-balanced head": experiment.one_view(HEAD),
         "+ test-time augmentation": score(head, settings=NO_VOTE),
-        "+ cluster vote": score(head, settings=WITH_VOTE),
+        "+ cluster vote": score(head, settings=replace(WITH_VOTE, class_shares=0.0)),
+        "+ class shares of val/": score(head, settings=WITH_VOTE),
         "+ energy on Gaussian features": score(head, settings=replace(COMPLETE, cluster_score="none")),
         "+ mean of the cluster (all of results.py)": score(head),
     }
@@ -202,6 +203,7 @@ def one_step_less(experiment):
         # The head and the OOD scores are fitted on one view as well.
         "without views": score(experiment.output("head_one_view")),
         "without the vote": score(head, settings=replace(COMPLETE, cluster_by="none")),
+        "without class shares": score(head, settings=replace(COMPLETE, class_shares=0.0)),
         "without numbers in the file names": score(head, settings=replace(COMPLETE, cluster_by="features")),
         "without Gaussian features": score(head, settings=replace(COMPLETE, ood_score=NO_FIT)),
     }
@@ -264,6 +266,12 @@ def votes(experiment):
     return {name: experiment.score(head, settings=chosen) for name, chosen in settings.items()}
 
 
+def class_shares(experiment):
+    head = experiment.output(HEAD)
+    settings = {f"CLASS_SHARES={share}": replace(COMPLETE, class_shares=share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    return {name: experiment.score(head, settings=chosen) for name, chosen in settings.items()}
+
+
 def confidences(experiment):
     """Each OOD score of a chip, its mean over the chip's cluster, and that of the cluster's mean features."""
     head = experiment.output(HEAD)
@@ -316,6 +324,7 @@ groups = {
     "head (one view)": heads,
     "views": views,
     "vote": votes,
+    "class shares": class_shares,
     "confidence": confidences,
     "ensemble": ensemble,
     "KL by its settings (one view)": in_one_view({

@@ -43,7 +43,7 @@ NEAR = ("w_trailer", "bicycle", "semi")  # in the names of unknown kinds that re
 # What results.py does by default; the same with the energy of each chip's logits; and that without the vote.
 COMPLETE = PipelineSettings(
     DEFAULT, results.OOD_TEMPERATURE, results.CLUSTER_BY, results.CLUSTERS, results.SEQUENCE_GAP,
-    results.VOTE, results.VOTE_MIN_SHARE, results.CLUSTER_SCORE,
+    results.VOTE, results.VOTE_MIN_SHARE, results.CLUSTER_SCORE, results.CLASS_SHARES,
 )  # fmt: skip
 WITH_VOTE = replace(COMPLETE, ood_score=NO_FIT, cluster_score="none")
 NO_VOTE = replace(WITH_VOTE, cluster_by="none")

@@ -1,7 +1,7 @@
 """From logits and features to clusters, labels and confidence: what follows the networks, for all callers.
 
     features, file names -> clusters
-    logits -> vote within clusters -> labels, and how far each chip belongs to its cluster
+    logits -> class shares moved -> vote within clusters -> labels, and how far each chip belongs to its cluster
     features -> mean features of each cluster, as far as a chip belongs to it -> OOD score -> confidence
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.predict.clusters import chip_numbers, cluster_chips
 from utils.predict.ood import SCORES, cluster_mean
-from utils.predict.vote import estimate_belief, fit_temperature, measure_belief, vote
+from utils.predict.vote import estimate_belief, fit_temperature, measure_belief, shift_to_shares, vote
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ class Output(NamedTuple):
     logits: [N, C], features: [N, D], float32 on the device.
     head: [N, D] -> [N, C], the network's head on the same device.
     ood: {score name: {tensor name: tensor}}, "ood" of its checkpoint.
-    validation: {"features": [M, D], "labels": int64 [M]} of labelled chips, "validation" of its checkpoint;
-        empty if it has none.
+    validation: {"features": [M, D], "labels": int64 [M]} of labelled chips, "validation" of its checkpoint, with
+        "counts", int64 [C], if these are chips of val/: how many each class has there. Empty if it has none.
     """
 
     logits: torch.Tensor
@@ -46,6 +46,7 @@ class PipelineSettings:
     ood_score: name in `utils.predict.ood.SCORES`; temperature: its OOD_TEMPERATURE.
     cluster_score: "features" scores the mean features of a chip's cluster, "mean" takes the mean score
         of the cluster, both as far as the vote counts the chip to its cluster; "none" the chip's own score.
+    class_shares: 0..1, how far the mixture vote moves the classes' shares to those of val/ (`shift_to_shares`).
     """
 
     ood_score: str
@@ -56,6 +57,7 @@ class PipelineSettings:
     vote: str = "mixture"
     vote_min_share: float = 0.0
     cluster_score: str = "mean"
+    class_shares: float = 0.5
 
 
 class Result(NamedTuple):
@@ -66,6 +68,7 @@ class Result(NamedTuple):
     clusters: int64 [N], 0..K-1.
     labels: int64 [N] after the vote, positions in the checkpoint's classes.
     belief: float 0..1, how far the vote believes the clusters.
+    shift: [C], what the vote added to the logits to move the classes' shares; 0 = nothing.
     chip_confidence: [N], each chip's own; higher = more in distribution.
     confidence: [N], by cluster_score.
     """
@@ -75,6 +78,7 @@ class Result(NamedTuple):
     clusters: np.ndarray
     labels: np.ndarray
     belief: float
+    shift: np.ndarray
     chip_confidence: np.ndarray
     confidence: np.ndarray
 
@@ -98,10 +102,14 @@ def run_pipeline(outputs, names, settings):
     logits = _mean_logits([output.logits for output in outputs])
     features, host_logits = _joint_features([output.features for output in outputs]), logits.cpu().numpy()
     clusters = cluster_chips(features, names, settings.cluster_by, settings.clusters, settings.sequence_gap)
-    belief = 0.0
+    belief, shift = 0.0, np.zeros(host_logits.shape[1])
     if settings.vote == "mixture" and settings.cluster_by != "none":
         validation = _validation(outputs)
         host_logits = host_logits / _temperature(validation)
+        counts = outputs[0].validation.get("counts")
+        if validation and counts is not None:
+            shift = settings.class_shares * shift_to_shares(host_logits, counts)
+        host_logits = host_logits + shift
         belief = belief_in_clusters(validation, host_logits, features, names, settings, clusters)
     voted = vote(host_logits, clusters, settings.vote, settings.vote_min_share, belief)
     own = confidence = ood_confidence(outputs, settings.ood_score, settings.temperature).cpu().numpy()
@@ -111,7 +119,7 @@ def run_pipeline(outputs, names, settings):
         shared = [_with_shared_features(output, clusters, voted.share) for output in outputs]
         confidence = ood_confidence(shared, settings.ood_score, settings.temperature).cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()
-    return Result(probabilities, features, clusters, voted.labels, voted.belief, own, confidence)
+    return Result(probabilities, features, clusters, voted.labels, voted.belief, shift, own, confidence)
 
 
 def _mean_logits(logits):
@@ -198,15 +206,20 @@ def ood_confidence(outputs, score_name, temperature=1.0):
     return torch.stack(scores).mean(0)
 
 
-def describe_vote(result):
-    """What the vote did, in words."""
+def describe_vote(result, classes):
+    """What the vote did, in words; classes: C names."""
     changed = (result.labels != result.probabilities.argmax(1)).sum()
     several = (np.bincount(result.clusters) > 1).sum()
     labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
     differ = (np.bincount(labels_of_cluster) > 1).sum()
+    most, least = result.shift.argmax(), result.shift.argmin()
+    moved = (
+        f"class shares moved towards those of val/, most {classes[most]} ({result.shift[most]:+.1f}) and "
+        f"{classes[least]} ({result.shift[least]:+.1f})" if result.shift.any() else "class shares as predicted"
+    )  # fmt: skip
     return (
         f"{changed} of {len(result.labels)} labels changed; clusters believed by {result.belief:.2f} (0 = not at all, "
-        f"1 = wholly); in {differ} of {several} clusters of several chips the labels still differ"
+        f"1 = wholly); in {differ} of {several} clusters of several chips the labels still differ; {moved}"
     )
 
 

@@ -19,6 +19,8 @@ BELIEFS = np.linspace(0, 1, 101)  # values of s that are compared
 GAIN = 3.0  # in log likelihood over s = 0, from which s is believed: 20 times as likely
 LEAST = -30.0  # log probability below which a chip does not count further against a class
 PRIOR_ROUNDS = 100  # of `estimate_prior`
+SHARE_ROUNDS, CLOSE = 200, 1e-3  # of `shift_to_shares`: until every share is as near as this, relative
+FEW = 10  # chips a class; so many test chips are moved half as far as a great many
 TEMPERATURES = 0.1, 10.0  # limits of T
 
 
@@ -159,6 +161,34 @@ def estimate_prior(p):
         posterior = p * prior
         prior = (posterior / posterior.sum(1, keepdims=True)).mean(0)
     return prior
+
+
+def shift_to_shares(logits, counts):
+    """What to add to the logits of the test chips, [C], so that they show the classes as the labelled chips do.
+
+    A network that meets another flight than its training's names some classes far too often, and a vote of chips that
+    err alike names them more often still. If the test is put together like the labelled chips of val/, these say how
+    often each class should be named. N test chips are moved by N / (N + FEW C) of the way, for few say little.
+
+    Args:
+        logits: float [N, C], calibrated.
+        counts: [C], labelled chips of each class, of val/; one is added to each.
+
+    Returns:
+        float64 [C], with the mean 0. Unknown chips count like others, so that many of them bend it.
+
+    Source: the fixed point that makes the mean of softmax(logits + shift) equal to the shares; Saerens et al.,
+    "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural Computation 14, 2002, for posteriors
+    under other priors.
+    """
+    log_p, counts = _log_probabilities(np.asarray(logits, np.float64)), np.asarray(counts, np.float64) + 1
+    shares, shift = counts / counts.sum(), np.zeros(len(counts))
+    for _ in range(SHARE_ROUNDS):
+        step = np.log(shares) - np.log(softmax(log_p + shift, 1).mean(0))
+        shift += step
+        if abs(step).max() < CLOSE:
+            break
+    return (shift - shift.mean()) * len(log_p) / (len(log_p) + FEW * len(counts))
 
 
 def _evidence(log_ratio, belief):

@@ -52,6 +52,8 @@ def _is_view(x):
     return type(x) in (tuple, list) and len(x) == 2 and _is_count(x[0]) and x[0] < 8 and _is_positive(x[1])
 
 
+VALIDATION = set(), {"features", "labels"}, {"features", "labels", "counts"}
+ZEROS = torch.zeros(1)
 # What rebuilds the classifier and predicts with it, and whether a value is valid.
 KEYS = {
     "format": _is_count,
@@ -74,7 +76,7 @@ KEYS = {
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),
-    "validation": lambda x: _are_tensors(x) and x.keys() in (set(), {"features", "labels"}),
+    "validation": lambda x: _are_tensors(x) and x.keys() in VALIDATION and (x.get("counts", ZEROS) >= 0).all(),
 }
 # What a run needs to go on.
 RUN_KEYS = {
@@ -126,7 +128,10 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
     wrong = _wrong_keys(checkpoint, KEYS)
     if with_run and not wrong:
         wrong = _wrong_keys(checkpoint["run"], RUN_KEYS) if isinstance(checkpoint.get("run"), dict) else ["run"]
-    wrong = wrong or [x for x in ("class_ids", "counts") if len(checkpoint[x]) != len(checkpoint["classes"])]
+    if not wrong:
+        of_classes = {key: checkpoint[key] for key in ("class_ids", "counts")}
+        of_classes["validation"] = checkpoint["validation"].get("counts", checkpoint["classes"])
+        wrong = [key for key, values in of_classes.items() if len(values) != len(checkpoint["classes"])]
     if wrong:
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: {named(wrong)} missing or wrong; "

@@ -71,6 +71,7 @@ RULES = {
     "EMA": number("from 0 to below 1", lambda x: 0 <= x < 1),
     "VAL_FRACTION": number("between 0 and 1", lambda x: 0 < x < 1),
     "VOTE_MIN_SHARE": SHARE,
+    "CLASS_SHARES": SHARE,
     "LABELLED_SHARE": SHARE,
     "BACKGROUND": SHARE,
     "BALANCE_ENTITIES": SHARE,

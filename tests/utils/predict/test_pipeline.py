@@ -117,13 +117,33 @@ def test_numbers_are_believed_where_they_mean_something(cluster_by):
     assert run_pipeline([output._replace(validation={})], names, by_features).belief == 0
 
 
+def test_class_shares_undo_what_a_shifted_network_prefers():
+    output, names, classes = many_chips()
+    shifted = output._replace(logits=output.logits + torch.tensor([4.0, 0.0, -4.0]))
+    accuracy = {}
+    for share in (0.0, 1.0):
+        settings = PipelineSettings("energy", cluster_by="sequence", class_shares=share)
+        counted = shifted._replace(validation=shifted.validation | {"counts": torch.from_numpy(np.bincount(classes))})
+        result = run_pipeline([counted], names, settings)
+        accuracy[share] = (result.labels == classes).mean()
+        without_counts = run_pipeline([shifted], names, settings)
+        assert not without_counts.shift.any() and (share or (without_counts.labels == result.labels).all())
+        assert np.array_equal(result.probabilities, without_counts.probabilities)
+    assert accuracy[1.0] > accuracy[0.0] + 0.05
+    assert result.shift.argmax() == 2 and result.shift.argmin() == 0
+
+
 def test_what_the_vote_did_in_words():
     names = np.array([0, 0, 1, 1, 2])
-    result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, None, None)
-    assert describe_vote(result) == (
+    shift = np.array([0.24, -0.5, 0.26])
+    result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, shift, None, None)
+    start = (
         "2 of 5 labels changed; clusters believed by 0.50 (0 = not at all, 1 = wholly); in 1 of 2 clusters of several "
-        "chips the labels still differ"
+        "chips the labels still differ; class shares "
     )
+    moved = "moved towards those of val/, most c (+0.3) and b (-0.5)"
+    assert describe_vote(result, "abc") == start + moved
+    assert describe_vote(result._replace(shift=0 * shift), "abc") == start + "as predicted"
 
 
 def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():

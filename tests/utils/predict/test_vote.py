@@ -1,8 +1,17 @@
-from utils.predict.vote import HOW, estimate_belief, fit_temperature, measure_belief, mixture_vote, vote
+from utils.predict.vote import (
+    FEW,
+    HOW,
+    estimate_belief,
+    fit_temperature,
+    measure_belief,
+    mixture_vote,
+    shift_to_shares,
+    vote,
+)
 
 import numpy as np
 import pytest
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 WINNERS = [how for how in HOW if how != "mixture"]
 
@@ -185,3 +194,22 @@ def test_predictions_that_say_little_are_no_reason_to_believe_a_cluster():
     logits = simulated(rng, classes, 0.7)  # a fifth of the labels is right
     assert estimate_belief(logits, clusters) > 0.6
     assert [estimate_belief(logits, rng.permutation(clusters)) for _ in range(5)] == [0.0] * 5
+
+
+SHIFTED = np.random.default_rng(0).normal(size=(4000, 4)) * 2 + [3, 0, 0, -2]
+
+
+def test_the_mean_prediction_gets_the_shares_of_the_labelled_chips():
+    counts = np.array([9, 19, 29, 39])
+    shift = shift_to_shares(SHIFTED, counts) * (len(SHIFTED) + FEW * 4) / len(SHIFTED)
+    np.testing.assert_allclose(softmax(SHIFTED + shift, 1).mean(0), [0.1, 0.2, 0.3, 0.4], rtol=0.002)
+    assert abs(shift.mean()) < 1e-12
+
+
+def test_classes_without_a_labelled_chip_stay_possible_and_few_chips_move_little():
+    shift = shift_to_shares(SHIFTED, [1000, 1000, 1000, 0])
+    assert np.isfinite(shift).all() and softmax(SHIFTED + shift, 1)[:, 3].mean() > 1e-4
+    one, many = (abs(shift_to_shares(logits, [5, 5, 5, 5])).max() for logits in (SHIFTED[:1], SHIFTED))
+    assert one < 0.1 * many
+    sure = shift_to_shares(np.array([[1e4, 0, 0, 0]] * 50), [5, 5, 5, 5])
+    assert np.isfinite(sure).all()

@@ -7,6 +7,8 @@ from utils.run.settings import CheckpointError
 import pytest
 import torch
 
+LABELLED = {"features": torch.ones(4, 3), "labels": torch.zeros(4)}
+
 
 @pytest.fixture
 def checkpoint():
@@ -83,6 +85,8 @@ def test_refused(tmp_path, checkpoint, monkeypatch):
         ({"views": ((9, 1.0),)}, "views missing or wrong"),
         ({"ood": {"energy": 3}}, "ood missing or wrong"),
         ({"validation": {"features": torch.ones(2, 3)}}, "validation missing or wrong"),
+        ({"validation": LABELLED | {"counts": torch.ones(3)}}, "validation missing or wrong"),
+        ({"validation": LABELLED | {"counts": torch.tensor([1.0, torch.nan])}}, "validation missing or wrong"),
         *(({"grey_range": x}, "grey_range missing or") for x in ((), (1, 0), (0, 0), (0, float("inf")), (0, 1, 2))),
     ):
         save_checkpoint(path, checkpoint | change)
