@@ -52,8 +52,12 @@ def _is_view(x):
     return type(x) in (tuple, list) and len(x) == 2 and _is_count(x[0]) and x[0] < 8 and _is_positive(x[1])
 
 
-VALIDATION = set(), {"features", "labels"}, {"features", "labels", "counts"}
-ZEROS = torch.zeros(1)
+def _is_validation(x):
+    if not _are_tensors(x) or x.keys() not in (set(), {"features", "labels"}, {"features", "labels", "counts"}):
+        return False
+    return "counts" not in x or bool((x["counts"] >= 0).all())
+
+
 # What rebuilds the classifier and predicts with it, and whether a value is valid.
 KEYS = {
     "format": _is_count,
@@ -76,7 +80,7 @@ KEYS = {
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),
-    "validation": lambda x: _are_tensors(x) and x.keys() in VALIDATION and (x.get("counts", ZEROS) >= 0).all(),
+    "validation": _is_validation,
 }
 # What a run needs to go on.
 RUN_KEYS = {
