@@ -214,12 +214,12 @@ def describe_vote(result, classes):
     differ = (np.bincount(labels_of_cluster) > 1).sum()
     most, least = result.shift.argmax(), result.shift.argmin()
     moved = (
-        f"class shares moved towards those of val/, most {classes[most]} ({result.shift[most]:+.1f}) and "
-        f"{classes[least]} ({result.shift[least]:+.1f})" if result.shift.any() else "class shares as predicted"
+        f"class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
+        f"{classes[most]} ({result.shift[most]:+.1f})" if result.shift.any() else "class shares as predicted"
     )  # fmt: skip
     return (
-        f"{changed} of {len(result.labels)} labels changed; clusters believed by {result.belief:.2f} (0 = not at all, "
-        f"1 = wholly); in {differ} of {several} clusters of several chips the labels still differ; {moved}"
+        f"{changed} of {len(result.labels)} labels changed; belief in the clusters {result.belief:.2f} of 1; labels "
+        f"still differ in {differ} of {several} clusters of several chips; {moved}"
     )
 
 

@@ -138,10 +138,10 @@ def test_what_the_vote_did_in_words():
     shift = np.array([0.24, -0.5, 0.26])
     result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, shift, None, None)
     start = (
-        "2 of 5 labels changed; clusters believed by 0.50 (0 = not at all, 1 = wholly); in 1 of 2 clusters of several "
-        "chips the labels still differ; class shares "
+        "2 of 5 labels changed; belief in the clusters 0.50 of 1; labels still differ in 1 of 2 clusters of several "
+        "chips; class shares "
     )
-    moved = "moved towards those of val/, most c (+0.3) and b (-0.5)"
+    moved = "moved towards those of val/, from b (-0.5) to c (+0.3)"
     assert describe_vote(result, "abc") == start + moved
     assert describe_vote(result._replace(shift=0 * shift), "abc") == start + "as predicted"
 
