@@ -46,7 +46,8 @@ class PipelineSettings:
     ood_score: name in `utils.predict.ood.SCORES`; temperature: its OOD_TEMPERATURE.
     cluster_score: "features" scores the mean features of a chip's cluster, "mean" takes the mean score
         of the cluster, both as far as the vote counts the chip to its cluster; "none" the chip's own score.
-    class_shares: 0..1, how far the mixture vote moves the classes' shares to those of val/ (`shift_to_shares`).
+    class_shares: 0..1, how far the mixture vote moves the classes' shares to those of val/ (`shift_to_shares`), times
+        its belief in the clusters.
     """
 
     ood_score: str
@@ -106,11 +107,12 @@ def run_pipeline(outputs, names, settings):
     if settings.vote == "mixture" and settings.cluster_by != "none":
         validation = _validation(outputs)
         host_logits = host_logits / _temperature(validation)
-        counts = outputs[0].validation.get("counts")
-        if validation and counts is not None:
-            shift = settings.class_shares * shift_to_shares(host_logits, counts)
-        host_logits = host_logits + shift
         belief = belief_in_clusters(validation, host_logits, features, names, settings, clusters)
+        counts = outputs[0].validation.get("counts")
+        if validation and counts is not None and settings.class_shares:
+            # A move of the shares pays where chips vote; a chip by itself is better off without it.
+            shift = belief * settings.class_shares * shift_to_shares(host_logits, counts)
+        host_logits = host_logits + shift
     voted = vote(host_logits, clusters, settings.vote, settings.vote_min_share, belief)
     own = confidence = ood_confidence(outputs, settings.ood_score, settings.temperature).cpu().numpy()
     if settings.cluster_score == "mean":

@@ -131,6 +131,8 @@ def test_class_shares_undo_what_a_shifted_network_prefers():
         assert np.array_equal(result.probabilities, without_counts.probabilities)
     assert accuracy[1.0] > accuracy[0.0] + 0.05
     assert result.shift.argmax() == 2 and result.shift.argmin() == 0
+    shuffled = run_pipeline([counted], np.random.default_rng(1).permutation(names), settings)
+    assert abs(shuffled.shift).max() < 0.1 * abs(result.shift).max()  # numbers that are not believed move nothing
 
 
 def test_what_the_vote_did_in_words():
