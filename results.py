@@ -41,7 +41,7 @@ CLUSTER_BY = "auto"  # "features", "sequence" (of file numbers), "both", "none";
 CLUSTERS = 0  # number of clusters of "features"; 0 = one for five chips, at most 1000
 SEQUENCE_GAP = 100  # largest step between the numbers of one sequence
 VOTE = "mixture"  # believes a cluster as far as its chips agree; of one winner: "product", "soft", "hard"
-CLASS_SHARES = 0.5  # of "mixture": how far it moves the classes' shares to those of val/; 0 = as predicted, 1 = wholly
+CLASS_SHARES = 0.0  # of "mixture": how far it moves the classes' shares to those of val/; 0 = as predicted, 1 = wholly
 VOTE_MIN_SHARE = 0.0  # of one winner: a cluster whose winner has a smaller share of the vote keeps its labels
 OOD_SCORE = ""  # a name in utils/predict/ood.py; empty: "gaussian_energy", or "energy" if it was not fitted
 OOD_TEMPERATURE = 1.0  # T of the scores that have one

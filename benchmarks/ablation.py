@@ -185,8 +185,7 @@ def step_by_step(experiment):
         "+ KL": experiment.one_view(STUDENT),
         "+ class-balanced head": experiment.one_view(HEAD),
         "+ test-time augmentation": score(head, settings=NO_VOTE),
-        "+ cluster vote": score(head, settings=replace(WITH_VOTE, class_shares=0.0)),
-        "+ class shares of val/": score(head, settings=WITH_VOTE),
+        "+ cluster vote": score(head, settings=WITH_VOTE),
         "+ energy on Gaussian features": score(head, settings=replace(COMPLETE, cluster_score="none")),
         "+ mean of the cluster (all of results.py)": score(head),
     }
@@ -203,7 +202,6 @@ def one_step_less(experiment):
         # The head and the OOD scores are fitted on one view as well.
         "without views": score(experiment.output("head_one_view")),
         "without the vote": score(head, settings=replace(COMPLETE, cluster_by="none")),
-        "without class shares": score(head, settings=replace(COMPLETE, class_shares=0.0)),
         "without numbers in the file names": score(head, settings=replace(COMPLETE, cluster_by="features")),
         "without Gaussian features": score(head, settings=replace(COMPLETE, ood_score=NO_FIT)),
     }

@@ -58,7 +58,7 @@ class PipelineSettings:
     vote: str = "mixture"
     vote_min_share: float = 0.0
     cluster_score: str = "mean"
-    class_shares: float = 0.5
+    class_shares: float = 0.0
 
 
 class Result(NamedTuple):
@@ -216,12 +216,12 @@ def describe_vote(result, classes):
     differ = (np.bincount(labels_of_cluster) > 1).sum()
     most, least = result.shift.argmax(), result.shift.argmin()
     moved = (
-        f"class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
-        f"{classes[most]} ({result.shift[most]:+.1f})" if result.shift.any() else "class shares as predicted"
-    )  # fmt: skip
+        f"; class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
+        f"{classes[most]} ({result.shift[most]:+.1f})"
+    )
     return (
         f"{changed} of {len(result.labels)} labels changed; belief in the clusters {result.belief:.2f} of 1; labels "
-        f"still differ in {differ} of {several} clusters of several chips; {moved}"
+        f"still differ in {differ} of {several} clusters of several chips{moved if result.shift.any() else ''}"
     )
 
 

@@ -141,11 +141,11 @@ def test_what_the_vote_did_in_words():
     result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, shift, None, None)
     start = (
         "2 of 5 labels changed; belief in the clusters 0.50 of 1; labels still differ in 1 of 2 clusters of several "
-        "chips; class shares "
+        "chips"
     )
-    moved = "moved towards those of val/, from b (-0.5) to c (+0.3)"
+    moved = "; class shares moved towards those of val/, from b (-0.5) to c (+0.3)"
     assert describe_vote(result, "abc") == start + moved
-    assert describe_vote(result._replace(shift=0 * shift), "abc") == start + "as predicted"
+    assert describe_vote(result._replace(shift=0 * shift), "abc") == start
 
 
 def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():
