@@ -15,7 +15,7 @@ from data.split import choose_training, few_of_each
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from models.focal import focal_loss
 from utils.predict.ood import fit_scores
-from utils.predict.tta import IDENTITY, all_views, scaled, view_features
+from utils.predict.tta import IDENTITY, all_views, scaled, scales_of, view_features
 from utils.run.checkpoint import build_model, choose_data_root, choose_entities, load_checkpoint
 from utils.run.device import choose_device, compile_backbone
 from utils.run.identity import made_from
@@ -119,7 +119,7 @@ def main():
         return FrozenCache(features, chain(in_views, drawn), len(labels), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
-    predicted = {scale for _, scale in validate.views}
+    predicted = scales_of(validate.views)
     chosen = [at_scale for at_scale, scale in zip(features, scales, strict=True) if scale in predicted]
     requests = tqdm(list(product(chosen, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)

@@ -112,7 +112,7 @@ def run_pipeline(outputs, names, settings):
         if validation and counts is not None and settings.class_shares:
             # A move of the shares pays where chips vote; a chip by itself is better off without it.
             shift = belief * settings.class_shares * shift_to_shares(host_logits, counts)
-        host_logits = host_logits + shift
+            host_logits = host_logits + shift
     voted = vote(host_logits, clusters, settings.vote, settings.vote_min_share, belief)
     own = confidence = ood_confidence(outputs, settings.ood_score, settings.temperature).cpu().numpy()
     if settings.cluster_score == "mean":
@@ -214,15 +214,15 @@ def describe_vote(result, classes):
     several = (np.bincount(result.clusters) > 1).sum()
     labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
     differ = (np.bincount(labels_of_cluster) > 1).sum()
-    most, least = result.shift.argmax(), result.shift.argmin()
-    moved = (
-        f"; class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
-        f"{classes[most]} ({result.shift[most]:+.1f})"
-    )
-    return (
+    words = (
         f"{changed} of {len(result.labels)} labels changed; belief in the clusters {result.belief:.2f} of 1; labels "
-        f"still differ in {differ} of {several} clusters of several chips{moved if result.shift.any() else ''}"
+        f"still differ in {differ} of {several} clusters of several chips"
     )
+    if result.shift.any():
+        most, least = result.shift.argmax(), result.shift.argmin()
+        words += f"; class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
+        words += f"{classes[most]} ({result.shift[most]:+.1f})"
+    return words
 
 
 def nearest_classes(output):

@@ -40,6 +40,11 @@ def all_views(scales):
     return tta_views((0, 90, 180, 270), scales)
 
 
+def scales_of(views):
+    """The scales of views, each once, in their order."""
+    return tuple(dict.fromkeys(scale for _, scale in views))
+
+
 def replace_views(views, rotations=(), scales=()):
     """`views` with other rotations or other scales.
 
@@ -50,7 +55,7 @@ def replace_views(views, rotations=(), scales=()):
     Raises:
         SettingError: of `tta_views`, or an entry is no number.
     """
-    scales = _numbers("SCALES", scales) or tuple(dict.fromkeys(scale for _, scale in views))
+    scales = _numbers("SCALES", scales) or scales_of(views)
     if not rotations:
         turns = dict.fromkeys(view for view, _ in views)
         tta_views((0,), scales)  # checks the scales

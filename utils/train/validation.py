@@ -4,7 +4,7 @@ from data.errors import DataError
 from data.layouts import find_validation
 from data.split import few_of_each
 from data.store import open_store, place_stores, unreadable
-from utils.predict.tta import IDENTITY, all_views, predict
+from utils.predict.tta import IDENTITY, all_views, predict, scales_of
 from utils.report.metrics import class_mean_accuracy
 
 import numpy as np
@@ -42,7 +42,7 @@ class Validation:
         Clearly: by more than two standard errors in mean per-class accuracy. Several scales show the network more, but
         resizing also removes detail that it goes by, such as speckle; which weighs more depends on the chips.
         """
-        scales = tuple(dict.fromkeys(scale for _, scale in self.views))
+        scales = scales_of(self.views)
         if len(scales) == 1:
             return
         inputs, labels = (self.store, self.image_size, self.grey), self.labels

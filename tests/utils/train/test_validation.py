@@ -31,10 +31,10 @@ def chosen(monkeypatch):
         store = ChipStore(np.zeros((400, 8, 8), np.uint8), torch.device("cpu"))
         validate = Validation(store, LABELS, 8, (0.5, 0.1), all_views(tuple(wrong)))
         validate.leave_out_scales(None)
-        kept = tuple(dict.fromkeys(scale for _, scale in validate.views))
-        assert validate.views == all_views(kept)
-        torch.testing.assert_close(validate.features(None), torch.full((400, 3), sum(kept) / len(kept)))
-        return kept
+        scales = tuple(dict.fromkeys(scale for _, scale in validate.views))
+        assert validate.views == all_views(scales)
+        torch.testing.assert_close(validate.features(None), torch.full((400, 3), sum(scales) / len(scales)))
+        return scales
 
     return choose
 
