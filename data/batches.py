@@ -56,6 +56,11 @@ class Batches:
         rows = slice(self.size * rank // world_size, self.size * (rank + 1) // world_size)
         self.share = Share(rows, self.size)
 
+    @property
+    def total_steps(self):
+        """Of the whole run."""
+        return self.epochs * self.steps
+
     def draw(self, step):
         """Indices and views, int64 [B] arrays, of this rank's chips in a step."""
         indices, views = self.stream.batch(step)
@@ -63,7 +68,7 @@ class Batches:
 
     def draws(self, first=0, stride=1):
         """What `draw` gives for the steps first, first + stride, ... of the run."""
-        return map(self.draw, range(first, self.epochs * self.steps, stride))
+        return map(self.draw, range(first, self.total_steps, stride))
 
     def names(self, step):
         """File names of the chips of a step, of all ranks."""

@@ -65,7 +65,7 @@ class Learner:
         self.optimizer = _optimizer(self.modules, optimization)
         groups = self.optimizer.param_groups
         self.parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        total = batches.epochs * batches.steps
+        total = batches.total_steps
         warmup = min(optimization.warmup_epochs * batches.steps, LONGEST_WARMUP * total)
         factor = warmup_cosine(total, round(warmup))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

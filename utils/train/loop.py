@@ -41,7 +41,7 @@ def fit(learner, batches, validate, run, contents):
     rows, best, step = run.restore(learner)
     history = History(run.out_dir, rows, run.settings["TENSORBOARD"])
     training = _Training(learner, batches, run, contents, history, best)
-    total = batches.epochs * batches.steps
+    total = batches.total_steps
     if total < FEW_STEPS and not learner.model.frozen and not step and not rank():
         enough = math.ceil(ENOUGH_STEPS / batches.steps)
         print(f"{total} steps in all are few to train a network with; EPOCHS={enough} takes {enough * batches.steps}")
@@ -125,8 +125,7 @@ class _Training:
 
     def save_last(self, step):
         state = {"learner": self.learner.state_dict(), "history": self.history.rows, "best": self.best}
-        total = self.batches.epochs * self.batches.steps
-        self.run.save("last.pt", self._contents(), state | {"step": step, "steps": total})
+        self.run.save("last.pt", self._contents(), state | {"step": step, "steps": self.batches.total_steps})
 
     def _contents(self):
         model = self.learner.saved_model.state_dict()
