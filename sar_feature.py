@@ -77,6 +77,8 @@ COMPILE = False  # True: torch.compile, for long runs on a GPU; a minute's wait,
 def main():
     settings = read_settings(globals())
     device, run = choose_device(DEVICE), Run("sar_feature", settings)
+    # Without labels there is no head to train.
+    following = ("finetune.py", "STUDENT") if LABELLED_SHARE else ("results.py", "CHECKPOINT")
     torch.manual_seed(SEED)
 
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
@@ -171,12 +173,12 @@ def main():
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
     validate = Validation(*(labelled or held_out), size, sar_grey)
     if not run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, INIT, source)):
-        return run.announce("finetune.py", "STUDENT")
+        return run.announce(*following)
     if COMPILE:
         compile_backbone(student, device)
     learner = Learner(student, loss_of, batches, optimization, also_trained=[project])
     fit(learner, batches, validate, run, contents)
-    run.announce("finetune.py", "STUDENT")
+    run.announce(*following)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,8 @@ def test_the_head_is_trained_on_the_labels_that_the_student_had(pipeline, captur
     everything = captured("finetune.py")[1]
     some = captured("finetune.py", "STUDENT=share/best.pt")[1]
     assert some.labels.tolist() == everything.labels[choose_labelled(everything.labels, 0.3)].tolist()
-    must(run_script("sar_feature.py", cwd, "EPOCHS=1", "LABELLED_SHARE=0", "OUT_DIR=none"))
+    printed = must(run_script("sar_feature.py", cwd, "EPOCHS=1", "LABELLED_SHARE=0", "OUT_DIR=none"))
+    assert "next: python results.py CHECKPOINT=none/best.pt" in printed
     refused = run_script("finetune.py", cwd, "STUDENT=none/best.pt")
     assert refused.returncode == 1 and "results.py CHECKPOINT=none/best.pt" in refused.stderr
 
