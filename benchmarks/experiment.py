@@ -171,7 +171,7 @@ class Networks:
 
 
 class LabelledChips:
-    """The chips of a folder with their reference, and the objects that they show by their numbers.
+    """The chips of a folder with their reference, and the objects that they show (`objects_of`).
 
     Args:
         folder: of N chips with a reference; data_root: the data set whose classes they have.
@@ -182,7 +182,7 @@ class LabelledChips:
         self.paths, self.truth = read_chips(folder, pairs.classes, pairs.class_ids)
         check(self.truth, f"{folder} has no reference CSV, so it cannot be scored")
         self.names = [path.name for path in self.paths]
-        self.objects = objects_by_number(self.names)
+        self.objects = objects_of(data_root, self.names)
         reference = find_reference(folder)
         rows = read_table(reference, COLUMNS[:2], "a reference", FLAG_NOTE) if reference else ()
         kinds = {image_id: kind for _, image_id, kind in rows}
@@ -237,8 +237,17 @@ class Experiment:
         return Experiment(replace(self.networks, seed=seed), self.chips)
 
 
-def objects_by_number(names):
-    """The object that each chip shows, by the numbers in N file names: ids, int64 [N]."""
+def objects_of(root, names):
+    """What must not be torn apart, ids, int64 [N]: chips of one id are not independent.
+
+    The fragment of a map, where the data set says in val_sources.csv (`image_id,fragment`) which one a chip was cut
+    from; else the object that the numbers in the N file names tell.
+    """
+    sources = Path(root, "val_sources.csv")
+    if sources.is_file():
+        rows = read_table(sources, ("image_id", "fragment"), "a list of sources", "fragment is any text")
+        fragment_of = {image_id: fragment for _, image_id, fragment in rows}
+        return np.unique([fragment_of[Path(name).stem] for name in names], return_inverse=True)[1]
     numbered, _ = suitable_clustering("sequence", names)
     return cluster_chips(np.zeros((len(names), 1)), names, numbered)
 
@@ -260,7 +269,7 @@ def choosing_and_scored(data_root, test_dir, out):
     if cut.exists():
         return str(cut), cut / "val", cut / "test"
     # Objects of one class alternate, so that both halves hold every class.
-    objects = objects_by_number([path.name for path in labelled.paths])
+    objects = objects_of(root, [path.name for path in labelled.paths])
     first = np.unique(objects, return_index=True)[1]
     order = np.lexsort((first, labelled.labels[first]))
     scored = np.empty(len(first), bool)
