@@ -75,7 +75,7 @@ def main():
     )
     size, grey = source["image_size"], source["grey"]
     root = choose_data_root(DATA_ROOT, source, STUDENT)
-    pairs = find_pairs(root, source["classes"])
+    pairs = find_pairs(root, source["classes"], source["class_ids"])
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
     if NEW_HEAD:
         model.head.reset_parameters()

@@ -88,7 +88,7 @@ def main():
         f"a student {backbone} cannot start from a teacher {source['backbone']}; set INIT=",
     )
     root = choose_data_root(DATA_ROOT, source, TEACHER)
-    pairs = find_pairs(root, source["classes"])
+    pairs = find_pairs(root, source["classes"], source["class_ids"])
 
     # The teacher is frozen; the student starts from its weights.
     teacher = build_model(source, TEACHER).requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -60,7 +60,7 @@ def main():
     device, run = choose_device("auto"), Run("sar_feature", settings)
     torch.manual_seed(SEED)
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
-    pairs, size = find_pairs(source["data_root"], source["classes"]), source["image_size"]
+    pairs, size = find_pairs(source["data_root"], source["classes"], source["class_ids"]), source["image_size"]
     eo_network, sar_network = (build_model(source, TEACHER).to(device) for _ in range(2))
     if MIXSTYLE:
         for stage in stages:

@@ -80,13 +80,15 @@ class Labelled:
         return Labelled([self.paths[i] for i in indices], self.labels[indices], self.ood[indices])
 
 
-def find_pairs(root, classes=()):
+def find_pairs(root, classes=(), class_ids=()):
     """The training pairs of the data set in `root`, in any of the layouts above.
 
     Args:
         root: folder of the data set.
         classes: class folders in the order of their index; empty: the official order for
             the challenge's classes, alphabetical for any other set.
+        class_ids: for each of `classes` its index in a submission, as a checkpoint has them; empty: the official
+            index, the numbers that are the names, or the positions; of `classes` always the positions.
 
     Raises:
         DataError: no layout fits, a class is empty or unknown, there is only one class, a chip has no
@@ -105,7 +107,7 @@ def find_pairs(root, classes=()):
         sar=[sides[1][order[label]][key] for label, key in keys],
         labels=np.array([label for label, _ in keys], dtype=np.int64),
         classes=order,
-        class_ids=_class_ids(order, chosen=bool(classes)),
+        class_ids=tuple(class_ids) or _class_ids(order, chosen=bool(classes)),
     )
 
 

@@ -284,6 +284,19 @@ def test_pairs_without_labels_teach_by_the_teacher_alone(pipeline, captured, tin
         assert kl.item() == pytest.approx(kl_by_hand(batch, learner, source, root, logits, cwd), abs=2e-3)
 
 
+@pytest.mark.parametrize("script", ["sar_feature.py", "finetune.py"])
+def test_a_reference_may_name_the_classes_by_their_official_numbers(captured, tiny_demo, tmp_path, script):
+    shutil.copytree(tiny_demo, tmp_path / "data")
+    (reference,) = (tmp_path / "data/val").glob("*.csv")
+    pairs, text = find_pairs(tiny_demo), reference.read_text()
+    for name, number in zip(pairs.classes, pairs.class_ids, strict=True):
+        text = text.replace(f",{name},", f",{number},")
+    assert ",7," in text  # a bus, which is the last of four classes here
+    reference.write_text(text)
+    by_name, by_number = (captured(script, f"DATA_ROOT={root}")[2] for root in (tiny_demo, tmp_path / "data"))
+    assert by_number.labels.tolist() == by_name.labels.tolist()
+
+
 def kl_by_hand(batch, learner, source, root, logits, cwd):
     """The KL term of sar_feature.py at its default T on a batch, from EO files that are read again."""
     data = root.removeprefix("DATA_ROOT=")

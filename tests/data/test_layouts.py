@@ -64,6 +64,7 @@ def test_other_classes_are_alphabetical_and_can_be_ordered(tmp_path):
     chosen = find_pairs(tmp_path, ("T72", "D7", "2S1"))
     assert chosen.classes == ("T72", "D7", "2S1") and chosen.class_ids == (0, 1, 2)
     assert [Path(p).parent.name for p in chosen.eo[:3]] == ["T72"] * 3
+    assert find_pairs(tmp_path, ("T72", "D7", "2S1"), (5, 3, 4)).class_ids == (5, 3, 4)
     with pytest.raises(DataError, match="CLASSES"):
         find_pairs(tmp_path, ("T72", "D7"))
 
