@@ -4,7 +4,7 @@ python benchmarks/faults.py [SEED=0] [KILLS=30] [ROWS=SIGKILL,disk]
 
 Every trial disturbs a real run of a script, starts the script again, and checks its output, its files, and
 its weights, bit for bit against those of an undisturbed run. Prints a table as it goes and exits with 1 if
-a row is below 100 %. About 20 minutes on two cores.
+a row is below 100 %. About 30 minutes on two cores.
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 
     features, file names -> clusters
     logits -> class shares moved -> vote within clusters -> labels, and how far each chip belongs to its cluster
-    features -> mean features of each cluster, as far as a chip belongs to it -> OOD score -> confidence
+    features -> OOD score of each chip -> mean over its cluster, as far as the chip belongs to it -> confidence
 """
 
 from collections.abc import Callable
