@@ -52,12 +52,18 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, un
         unlabelled: number of further pairs without labels, with the indices N, N + 1, ...
 
     Raises:
-        DataError: of `split_pairs`.
+        DataError: no pair is left for training.
     """
-    train, held_out = split_pairs(pairs, entities, fraction, *excluded)
+    train, held_out = split_pairs(pairs, entities, fraction)
     labels = np.where(choose_labelled(pairs.labels[train], labelled_share), pairs.labels[train], -1)
+    # What is excluded goes last: a stage that excludes other chips still has the same split and labels.
+    excluded = np.concatenate([*excluded, []])
+    good = ~np.isin(train, excluded)
+    train, labels, held_out = train[good], labels[good], held_out[~np.isin(held_out, excluded)]
+    if not len(train):
+        raise DataError("no pair is left of which both files are readable images; add chips")
     count = len(entities)
-    further = np.setdiff1d(np.arange(count, count + unlabelled), np.concatenate([*excluded, []]))
+    further = np.setdiff1d(np.arange(count, count + unlabelled), excluded)
     indices = np.concatenate((train, further))
     labels = np.concatenate((labels, np.full(len(further), -1)))
     # Each of them is an entity of its own.
@@ -65,13 +71,13 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, un
     return TrainingPairs(indices, labels, entities, held_out)
 
 
-def split_pairs(pairs, entities, fraction, *excluded):
+def split_pairs(pairs, entities, fraction):
     """`stratified_split` of the pairs; prints which classes cannot be validated on pairs.
 
     If no class shows two entities, single pairs are held out. With fraction 0 all pairs are for training.
     """
     if not fraction:
-        return stratified_split(pairs.labels, entities, fraction, *excluded)
+        return stratified_split(pairs.labels, entities, fraction)
     of_entity = pairs.labels[np.unique(entities, return_index=True)[1]]  # the class of each entity
     single = np.bincount(of_entity, minlength=len(pairs.classes)) == 1
     if single.all():
@@ -83,10 +89,10 @@ def split_pairs(pairs, entities, fraction, *excluded):
     elif single.any():
         names = named(pairs.classes[label] for label in np.flatnonzero(single))
         print(f"classes of one entity keep it for training, so that they cannot be validated on pairs: {names}")
-    return stratified_split(pairs.labels, entities, fraction, *excluded)
+    return stratified_split(pairs.labels, entities, fraction)
 
 
-def stratified_split(labels, entities, fraction, *excluded):
+def stratified_split(labels, entities, fraction):
     """Training and validation indices; the same labels, entities and fraction always give the same split.
 
     Each class gives about fraction * count of its chips to validation, as whole entities, but at least one entity if
@@ -97,13 +103,9 @@ def stratified_split(labels, entities, fraction, *excluded):
         labels: [N] integers.
         entities: [N] integers, each in one class (`data.entities`); np.arange(N) = every chip is one of its own.
         fraction: of the chips that is held out, 0..1.
-        excluded: arrays of indices that are removed from both after the split, such as unreadable chips.
 
     Returns:
         train, validation: int64 arrays, sorted.
-
-    Raises:
-        DataError: no chip is left for training.
     """
     random = np.random.default_rng(0)
     validation = []
@@ -113,12 +115,7 @@ def stratified_split(labels, entities, fraction, *excluded):
         held_out = _held_out(np.bincount(of_chip), max(round(fraction * len(chips)), 1 if fraction else 0), random)
         validation.append(chips[np.isin(of_chip, held_out)])
     validation = np.sort(np.concatenate(validation)).astype(np.int64)
-    train = np.setdiff1d(np.arange(len(labels)), validation)
-    excluded = np.concatenate([*excluded, []]).astype(np.int64)
-    train, validation = np.setdiff1d(train, excluded), np.setdiff1d(validation, excluded)
-    if not len(train):
-        raise DataError("no pair is left of which both files are readable images; add chips")
-    return train, validation
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
 def _held_out(sizes, wanted, random):

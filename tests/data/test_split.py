@@ -35,13 +35,16 @@ def test_split_is_stratified_stable_and_disjoint():
 
 
 def test_excluded_chips_are_in_neither_side_and_do_not_move_the_split():
-    train, held = stratified_split(SHUFFLED, ALONE, 0.1)
+    pairs, share = pairs_of(SHUFFLED), 0.3
+    all_of_them = choose_training(pairs, ALONE, 0.1, labelled_share=share)
+    train, held = all_of_them.indices, all_of_them.held_out
     excluded = np.array([train[0], train[5]]), held[:2]
-    less_train, less_held = stratified_split(SHUFFLED, ALONE, 0.1, *excluded)
-    assert less_train.tolist() == sorted({*train} - {*excluded[0]})
-    assert less_held.tolist() == sorted({*held} - {*excluded[1]})
+    less = choose_training(pairs, ALONE, 0.1, *excluded, labelled_share=share)
+    assert less.indices.tolist() == sorted({*train} - {*excluded[0]})
+    assert less.held_out.tolist() == sorted({*held} - {*excluded[1]})
+    assert less.labels.tolist() == all_of_them.labels[np.isin(train, less.indices)].tolist()
     with pytest.raises(DataError, match="no pair is left"):
-        stratified_split(SHUFFLED, ALONE, 0.1, np.arange(len(SHUFFLED)))
+        choose_training(pairs, ALONE, 0.1, np.arange(len(SHUFFLED)))
 
 
 def test_an_entity_is_held_out_as_a_whole():
@@ -97,8 +100,9 @@ def test_training_pairs_are_the_split_with_labels_and_entities_beside_them():
     entities, bad = np.array(SIX_OBJECTS, np.int32), np.array([2, 15])
     pairs = pairs_of(ANT_AND_BEE)
     train = choose_training(pairs, entities, 0.3, bad, labelled_share=0.5, unlabelled=3)
-    split = split_pairs(pairs, entities, 0.3, bad[:1])
-    with_label = split[0][choose_labelled(ANT_AND_BEE[split[0]], 0.5)]
+    split = split_pairs(pairs, entities, 0.3)
+    with_label = np.setdiff1d(split[0][choose_labelled(ANT_AND_BEE[split[0]], 0.5)], bad)
+    split = [np.setdiff1d(indices, bad) for indices in split]
     assert train.indices.tolist() == [*split[0], 14, 16] and train.held_out.tolist() == split[1].tolist()
     assert train.indices[train.has_label].tolist() == with_label.tolist()
     assert train.labels[train.has_label].tolist() == ANT_AND_BEE[with_label].tolist()
