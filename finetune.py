@@ -77,8 +77,6 @@ def main():
     root = choose_data_root(DATA_ROOT, source, STUDENT)
     pairs = find_pairs(root, source["classes"], source["class_ids"])
     model = build_model(source, STUDENT).freeze().to(device, memory_format=torch.channels_last)
-    if NEW_HEAD:
-        model.head.reset_parameters()
     reading = source["chip_side"], source["grey_range"]
     chips = open_store(pairs.sar, STORE_DIR, SKIP_BAD, *reading)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
@@ -89,6 +87,10 @@ def main():
     fraction, share = 0.0 if labelled else source["val_fraction"], source["labelled_share"]
     train = choose_training(pairs, entities, fraction, unreadable(chips), labelled_share=share).labelled()
     labels, sar_train = train.labels, sar.subset(train.indices)
+    check(
+        np.bincount(labels).max() > 1,
+        f"each class has one labelled chip, and the OOD scores need two: train {STUDENT} with a larger LABELLED_SHARE",
+    )
     by_entity = train.entities, BALANCE_ENTITIES
     stream = (
         BalancedStream(labels, run.batch_size, SEED, *by_entity) if BALANCED
@@ -104,6 +106,8 @@ def main():
         return run.announce("results.py", "CHECKPOINT")
     if CHOOSE_SCALES:
         validate.leave_out_scales(model)
+    if NEW_HEAD:  # only now: the scales are compared by the head of the student
+        model.head.reset_parameters()
     contents = source | {"data_root": root, "entities": listed, "views": validate.views}
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every

@@ -71,7 +71,7 @@ def main():
     pipeline = replace(pipeline, cluster_by=cluster_by)
     readings = sorted({member.reading for member in members})
     chips = [open_store(paths, STORE_DIR, SKIP_BAD, *reading) for reading in readings]
-    good = np.setdiff1d(np.arange(len(paths)), unreadable(chips[0]))
+    good = np.setdiff1d(np.arange(len(paths)), np.concatenate([*map(unreadable, chips)]))
     paths, truth = [paths[i] for i in good], truth and truth.subset(good)
     names = [path.name for path in paths]
     stores = zip(readings, place_stores(MemoryBudget(device, CHIP_MEMORY_GB), *chips), strict=True)
@@ -97,7 +97,7 @@ def main():
         OUT_DIR, image_ids(paths), class_ids, result.confidence, seconds, device.type == "cuda", method
     )
     print(f"{len(paths)} chips, {result.clusters.max() + 1} clusters, {seconds * 1000:.2f} ms a chip")
-    of_vote = describe_vote(result, first["classes"])
+    of_vote = describe_vote(result, first["classes"], CLASS_SHARES)
     print(f"vote: {of_vote}")
 
     # Scores after each step, and the report.

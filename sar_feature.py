@@ -84,6 +84,11 @@ def main():
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
     backbone, size = BACKBONE or source["backbone"], source["image_size"]
     check(
+        KL_WEIGHT or LABELLED_SHARE or INIT == "teacher",
+        "without KL and labels nothing trains the head of a student that does not start from the teacher; set "
+        "KL_WEIGHT, LABELLED_SHARE or INIT=teacher",
+    )
+    check(
         INIT != "teacher" or backbone == source["backbone"],
         f"a student {backbone} cannot start from a teacher {source['backbone']}; set INIT=",
     )
@@ -124,7 +129,7 @@ def main():
     if not all_labelled:
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
         train = train.with_labels(seen.argmax(1).cpu().numpy())
-        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others teach by KL alone")
+        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others teach without")
     stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
     of_train = sar.subset(train.indices), [sar_paths[i] for i in train.indices]
     batches = Batches(stream, train.labels, device, EPOCHS, *of_train, (rank(), world_size()))
@@ -135,7 +140,8 @@ def main():
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
         if MATCH_PRIOR:
-            logits = match_prior(logits, source["counts"], source["settings"]["BALANCE"], BALANCE)
+            drawn = source["settings"]
+            logits = match_prior(logits, source["counts"], drawn["BALANCE"], BALANCE, drawn["CLASS_WEIGHTS"])
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -146,13 +152,14 @@ def main():
     augment = Augmentation(sar_grey, JITTER, SPECKLE, ROTATION, sizes)
 
     def loss_of(batch):
-        images = augment(batch)
-        # Both chips of a pair are in the same view, or the teacher would describe another picture.
-        taught = teacher_outputs(batch.indices, batch.host_views)
-        teacher_features, teacher_logits = taught.tensor_split((-len(pairs.classes),), dim=1)
-        features = student.features(images)
+        features = student.features(augment(batch))
         logits = student.head(features)
-        loss = KL_WEIGHT * distillation_loss(logits, teacher_logits, TEMPERATURE)
+        loss = 0.0
+        if KL_WEIGHT or FEATURE_WEIGHT:
+            # Both chips of a pair are in the same view, or the teacher would describe another picture.
+            taught = teacher_outputs(batch.indices, batch.host_views)
+            teacher_features, teacher_logits = taught.tensor_split((-len(pairs.classes),), dim=1)
+            loss = KL_WEIGHT * distillation_loss(logits, teacher_logits, TEMPERATURE)
         if FEATURE_WEIGHT:
             on_features = FEATURE_LOSSES[FEATURE_LOSS](project(features), teacher_features, FEATURE_TEMPERATURE)
             loss = loss + FEATURE_WEIGHT * on_features

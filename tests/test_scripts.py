@@ -297,6 +297,34 @@ def test_a_reference_may_name_the_classes_by_their_official_numbers(captured, ti
     assert by_number.labels.tolist() == by_name.labels.tolist()
 
 
+def test_without_kl_the_teacher_is_not_asked(captured, monkeypatch):
+    monkeypatch.setattr("utils.predict.tta.view_features", None)
+    learner, batches, *_ = captured("sar_feature.py", "KL_WEIGHT=0", "GAMMA=0", *PLAIN)
+    (batch,) = batches.between(0, 1)
+    loss, logits, truth = learner.modules.loss_of(batch)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, truth))
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["KL_WEIGHT=0", "LABELLED_SHARE=0"], "there is nothing to learn"),
+    (["KL_WEIGHT=0", "FEATURE_WEIGHT=1", "LABELLED_SHARE=0", "INIT="], "nothing trains the head"),
+])  # fmt: skip
+def test_a_student_that_cannot_learn_is_refused(pipeline, settings, message):
+    process = run_script("sar_feature.py", pipeline[0], "OUT_DIR=nothing", *settings)
+    assert process.returncode == 1 and message in process.stderr
+
+
+def test_the_scales_are_compared_by_the_head_of_the_student(pipeline, captured, monkeypatch):
+    heads = []
+    monkeypatch.setattr(
+        "utils.train.validation.Validation.leave_out_scales",
+        lambda self, model: heads.append(model.head.weight.detach().clone()),
+    )
+    learner, *_ = captured("finetune.py", "NEW_HEAD=True")
+    student = load(pipeline[0] / "runs/sar_feature/best.pt")["model"]["head.weight"]
+    assert torch.equal(heads[0], student) and not torch.equal(learner.model.head.weight, student)
+
+
 def kl_by_hand(batch, learner, source, root, logits, cwd):
     """The KL term of sar_feature.py at its default T on a batch, from EO files that are read again."""
     data = root.removeprefix("DATA_ROOT=")

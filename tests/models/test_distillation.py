@@ -107,3 +107,7 @@ def test_match_prior_turns_bayes_posteriors_of_one_draw_into_those_of_the_other(
     matched = match_prior(teacher, counts.tolist(), 0.5, 0.9).softmax(1)
     torch.testing.assert_close(matched, student / student.sum(1, keepdim=True))
     assert torch.equal(match_prior(teacher, counts, 0.7, 0.7), teacher)
+    alpha = torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=torch.float64)
+    weighted = teacher + torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64).log()
+    matched = match_prior(weighted, counts.tolist(), 0.5, 0.9, tuple(alpha.tolist())).softmax(1)
+    torch.testing.assert_close(matched, student / student.sum(1, keepdim=True))

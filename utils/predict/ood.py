@@ -90,17 +90,18 @@ def fit_gaussians(features, labels, counts, background=0.75):
     np.add.at(mean, labels, features)
     mean /= np.maximum(np.bincount(labels, minlength=len(counts)), 1)[:, None]
     within = LedoitWolf(store_precision=False, assume_centered=True).fit(features - mean[labels]).covariance_
-    if np.trace(within) <= 1e-10 * np.square(features).sum(1).mean():  # rounding, at most
+    # Rounding, at most; or two chips in all, which Ledoit-Wolf does not shrink.
+    if np.trace(within) <= 1e-10 * np.square(features).sum(1).mean() or len(features) <= 2:
         raise DataError(
             "in every class all training chips have the same features, so their covariance is "
-            "unknown: the chips are empty, copies, or one for each class; give others"
+            "unknown: the chips are empty, copies, or too few; give others"
         )
     share = counts / counts.sum()
     between = (mean - share @ mean) * np.sqrt(share)[:, None]
     with np.errstate(divide="ignore"):
         fitted = {"mean": mean, "log_prior": np.log(share), "background": background}
     for name, covariance in {"": within, "background_": within + between.T @ between}.items():
-        precision = np.linalg.inv(covariance)  # Ledoit-Wolf shrinks it, so it is never singular
+        precision = np.linalg.inv(covariance)  # Ledoit-Wolf shrinks it, so it is not singular
         fitted[f"{name}white"] = np.linalg.cholesky(precision)
         fitted[f"{name}log_det"] = np.linalg.slogdet(precision)[1]
     return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in fitted.items()}

@@ -171,8 +171,10 @@ def belief_in_clusters(validation, logits, features, names, settings, clusters):
     if settings.cluster_by == "features":
         if validation is None:
             return 0.0
+        size = len(clusters) / (clusters.max() + 1)  # clusters of other sizes deserve another belief
         logits, features, labels = validation
-        clusters = cluster_chips(features, np.arange(len(labels)), "features")
+        number = max(1, round(len(labels) / size))
+        clusters = cluster_chips(features, np.arange(len(labels)), "features", number)
         return measure_belief(logits / _temperature(validation), clusters, labels)
     belief = estimate_belief(logits, clusters)
     if not belief:
@@ -208,8 +210,8 @@ def ood_confidence(outputs, score_name, temperature=1.0):
     return torch.stack(scores).mean(0)
 
 
-def describe_vote(result, classes):
-    """What the vote did, in words; classes: C names."""
+def describe_vote(result, classes, class_shares=0.0):
+    """What the vote did, in words; classes: C names; class_shares: of `PipelineSettings`."""
     changed = (result.labels != result.probabilities.argmax(1)).sum()
     several = (np.bincount(result.clusters) > 1).sum()
     labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
@@ -222,6 +224,11 @@ def describe_vote(result, classes):
         most, least = result.shift.argmax(), result.shift.argmin()
         words += f"; class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "
         words += f"{classes[most]} ({result.shift[most]:+.1f})"
+    elif class_shares:
+        words += (
+            "; CLASS_SHARES moved nothing: it needs the vote \"mixture\", clusters that are believed, and a checkpoint "
+            "of finetune.py from a data set with labelled chips in val/"
+        )
     return words
 
 

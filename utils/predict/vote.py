@@ -71,8 +71,8 @@ def mixture_vote(logits, clusters, belief):
     With p_i(c) the softmax of the logits of chip i and uniform classes, chip i has the likelihood
     s C p_i(c) + 1 - s if its cluster's class is c. Their geometric mean over the chips of a cluster gives the class of
     the cluster, and not their product, for the chips of one object err together: ten of them say little more than one.
-    The posterior of a chip's label follows from both of its cases. s = 1 has the labels of the vote "product", s = 0
-    is no vote.
+    The posterior of a chip's label follows from both of its cases. s = 1 gives a cluster one label, as the vote
+    "product" does, which admits only labels that some chip has; s = 0 is no vote.
 
     Args:
         logits: float [N, C]; their softmax should be calibrated, see `fit_temperature`.
@@ -197,7 +197,9 @@ def _evidence(log_ratio, belief):
 
 
 def fit_temperature(logits, labels):
-    """The T at which softmax(logits / T) gives labelled chips the highest likelihood.
+    """The T at which softmax(logits / T) gives labelled chips the highest likelihood; 1 if all logits are right.
+
+    Without a wrong chip the likelihood rises without end as T falls, so that it says nothing of T.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
@@ -210,6 +212,8 @@ def fit_temperature(logits, labels):
         return -log_p[np.arange(len(labels)), labels].mean()
 
     logits = np.asarray(logits, np.float64)
+    if (logits.argmax(1) == labels).all():
+        return 1.0
     return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
 
 

@@ -179,11 +179,11 @@ def map_positions(features):
 
     Returns:
         indices [M] of the chips, evenly spaced, M <= MAX_MAPPED; positions [M, 2] by PCA and t-SNE, or, of
-        30 chips or fewer, their first two features.
+        30 chips or fewer, or if all have the same features, their first two features.
     """
     chips = np.arange(len(features))[:: -(-len(features) // MAX_MAPPED)]
     features = features[chips]
-    if len(chips) > 30:
+    if len(chips) > 30 and np.ptp(features, axis=0).any():  # t-SNE divides by the spread
         features = PCA(min(30, features.shape[1]), random_state=0).fit_transform(features)
         features = TSNE(perplexity=min(30, len(chips) / 4), random_state=0).fit_transform(features)
     return chips, features[:, :2]

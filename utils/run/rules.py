@@ -46,7 +46,7 @@ RULES = {
     "EPOCHS": whole_number(1),
     "BATCH_SIZE": whole_number(1),
     "IMAGE_SIZE": whole_number(1),
-    "OOD_CHIPS": whole_number(1),
+    "OOD_CHIPS": whole_number(2),
     "MAX_BAD_STEPS": whole_number(1),
     "SEED": whole_number(0),
     "CLUSTERS": whole_number(0),

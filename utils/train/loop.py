@@ -48,8 +48,7 @@ def fit(learner, batches, validate, run, contents):
     with stop_signals() as training.signals:
         # Counted by the history: a run stopped at the last step of an epoch has yet to validate it.
         for epoch in range(len(rows), batches.epochs):
-            images_per_second = training.epoch(epoch, max(step, epoch * batches.steps))
-            figures = learner.meter.final()
+            figures, images_per_second = training.epoch(epoch, max(step, epoch * batches.steps))
             training.stop_if_lost(figures.bad_in_a_row, (epoch + 1) * batches.steps)
             values = validate(learner.saved_model.eval())
             training.end_epoch(epoch, figures, images_per_second, values)
@@ -70,7 +69,7 @@ class _Training:
     signals: list = field(default_factory=list)
 
     def epoch(self, epoch, first):
-        """Take the steps of an epoch from `first` on; returns images/s."""
+        """Take the steps of an epoch from `first` on; returns the figures of the epoch and images/s."""
         learner, batches, steps = self.learner, self.batches, self.batches.steps
         end, started, saved_at = (epoch + 1) * steps, time.perf_counter(), time.monotonic()
         learner.modules.train()
@@ -99,7 +98,8 @@ class _Training:
                     if not rank():
                         print(f"\nstopped at step {done}; start again to go on", file=sys.stderr)
                     raise SystemExit(128 + stop)
-        return (end - first) * batches.size / (time.perf_counter() - started)
+        figures = learner.meter.final()  # waits for the device
+        return figures, (end - first) * batches.size / (time.perf_counter() - started)
 
     def end_epoch(self, epoch, figures, images_per_second, values):
         """Record, print and save an epoch with its validation values."""

@@ -145,7 +145,9 @@ def test_what_the_vote_did_in_words():
     )
     moved = "; class shares moved towards those of val/, from b (-0.5) to c (+0.3)"
     assert describe_vote(result, "abc") == start + moved
-    assert describe_vote(result._replace(shift=0 * shift), "abc") == start
+    without = result._replace(shift=0 * shift)
+    assert describe_vote(without, "abc") == start
+    assert describe_vote(without, "abc", 0.5).startswith(f"{start}; CLASS_SHARES moved nothing: it needs")
 
 
 def test_an_ensemble_averages_probabilities_and_puts_features_side_by_side():

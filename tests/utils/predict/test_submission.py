@@ -4,17 +4,20 @@ import zipfile
 
 from utils.predict.submission import write_submission
 
+import numpy as np
+
 
 def test_read_back_by_an_independent_reader(tmp_path):
-    path = write_submission(tmp_path / "out", ["17", "5"], [7, 0], [1.25, -3.5], 0.0125, False, "words, here")
+    scores = [1.25, np.float32(-3.500000238)]  # no digit is lost
+    path = write_submission(tmp_path / "out", ["17", "5"], [7, 0], scores, 0.0125, False, "words, here")
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == ["results.csv", "readme.txt"]
         rows = list(csv.DictReader(io.TextIOWrapper(archive.open("results.csv"), "utf-8")))
         readme = archive.read("readme.txt").decode().splitlines()
     assert list(rows[0]) == ["image_id", "class_id", "score"]
     assert [(r["image_id"], int(r["class_id"]), float(r["score"])) for r in rows] == [
-        ("17", 7, 1.25),
-        ("5", 0, -3.5),
+        ("17", 7, scores[0]),
+        ("5", 0, scores[1]),
     ]
     assert readme == [
         "runtime per image [s] : 0.012500",

@@ -168,6 +168,14 @@ def test_temperature_calibrates():
     assert fit_temperature(logits * 3, classes) == pytest.approx(3, abs=0.15)
 
 
+def test_temperature_is_1_where_no_chip_is_wrong_for_then_nothing_bounds_it():
+    logits = simulated(np.random.default_rng(6), np.arange(40) % 5)
+    assert fit_temperature(logits, logits.argmax(1)) == 1
+    labels = logits.argmax(1)
+    labels[0] = (labels[0] + 1) % 5
+    assert 0.1 < fit_temperature(logits, labels) < 10
+
+
 def test_belief_is_measured_on_labelled_chips():
     rng = np.random.default_rng(8)
     clusters = np.repeat(np.arange(200), 5)

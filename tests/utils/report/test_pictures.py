@@ -110,6 +110,11 @@ def test_map_has_a_position_for_each_chip(count):
     assert np.isfinite(positions).all()
 
 
+def test_map_of_chips_with_the_same_features():
+    chips, positions = pictures.map_positions(np.ones((40, 16)))
+    assert len(chips) == 40 and (positions == 1).all()
+
+
 def test_map_of_many_chips_shows_a_sample(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_MAPPED", 20)
     features = RANDOM.normal(size=(50, 3))
