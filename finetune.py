@@ -83,7 +83,7 @@ def main():
     (sar,) = place_stores(budget, chips)
     labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, STUDENT)
-    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed, source["eo_reading"])
     fraction, share = 0.0 if labelled else source["val_fraction"], source["labelled_share"]
     train = choose_training(pairs, entities, fraction, unreadable(chips), labelled_share=share).labelled()
     labels, sar_train = train.labels, sar.subset(train.indices)

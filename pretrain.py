@@ -85,7 +85,8 @@ def main():
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
     (store,) = place_stores(budget, chips)
     labelled = labelled_chips(DATA_ROOT, pairs, reading, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
-    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES)
+    eo_reading = reading if SENSOR == "EO" else ()
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES, eo_reading)
     train = choose_training(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))
     grey = grey_statistics(chips, train.indices)
 
@@ -105,7 +106,7 @@ def main():
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
-        "labelled_share": 1.0,
+        "labelled_share": 1.0, "eo_reading": eo_reading,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = store.subset(train.held_out), pairs.labels[train.held_out]

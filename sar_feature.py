@@ -116,7 +116,7 @@ def main():
     # Where labelled chips validate, the student learns from all pairs, also from those that the teacher left out.
     labelled = labelled_chips(root, pairs, reading, budget, STORE_DIR, SKIP_BAD)
     listed = choose_entities(ENTITIES, source, TEACHER)
-    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed)
+    entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed, source["eo_reading"])
     fraction = 0.0 if labelled else source["val_fraction"]
     train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, unlabelled=len(further_eo))
     if not KL_WEIGHT and not FEATURE_WEIGHT:

@@ -72,7 +72,7 @@ def main():
     budget = MemoryBudget(device)
     eo, sar = place_stores(budget, eo_chips, sar_chips)
     labelled = labelled_chips(source["data_root"], pairs, reading, budget, STORE_DIR, False)
-    entities = find_entities(pairs, STORE_DIR)
+    entities = find_entities(pairs, STORE_DIR, reading=source["eo_reading"])
     train = choose_training(pairs, entities, 0.0 if labelled else source["val_fraction"])
     eo_train, by_entity = eo.subset(train.indices), (train.entities, BALANCE_ENTITIES)
     stream = WeightedStream(train.labels, run.batch_size, sar_feature.BALANCE, SEED, *by_entity)

@@ -39,7 +39,7 @@ KEPT = 16  # files of entities that a folder holds
 FORMAT = 1  # raise it when the same chips get other entities
 
 
-def find_entities(pairs, folder, skip_bad=False, listed=""):
+def find_entities(pairs, folder, skip_bad=False, listed="", reading=()):
     """The entity of each training pair: found in the EO chips, or listed in a CSV.
 
     What was found is kept in `folder`, so that all stages have the same entities and only the first computes them.
@@ -51,6 +51,7 @@ def find_entities(pairs, folder, skip_bad=False, listed=""):
         listed: CSV with the columns chip (a file name without its extension, or class/name) and entity (any text;
             the same text in two classes means two entities); "" = none. Chips without a row keep the entity that
             was found.
+        reading: (side, grey range) of `open_store`; empty = as it finds them.
 
     Returns:
         int32 [N], 0..E-1, in the order in which the entities first appear; each lies in one class.
@@ -61,7 +62,7 @@ def find_entities(pairs, folder, skip_bad=False, listed=""):
     if listed and not os.path.isfile(listed):
         raise DataError(f"ENTITIES {listed} is not a file; set it to a CSV with the columns {','.join(COLUMNS)}")
     rows = read_entities(listed, pairs) if listed else {}
-    chips = open_store(pairs.eo, folder, skip_bad, report=False)
+    chips = open_store(pairs.eo, folder, skip_bad, *reading, report=False)
     entities = _kept(chips, pairs.labels, Path(folder))
     if rows:
         numbers = {key: len(pairs.labels) + number for number, key in enumerate(dict.fromkeys(rows.values()))}

@@ -139,6 +139,17 @@ def test_entities_are_numbered_by_class(root):
     assert entities.dtype == np.int32 and entities.tolist() == FOUND + [3 + x for x in FOUND]
 
 
+def test_chips_are_read_as_the_stage_reads_them(root):
+    """A chip beyond the range that was surveyed is then no error that GREY_RANGE cannot mend."""
+    pairs = find_pairs(root / "data")
+    for path in pairs.eo:
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 8).save(path)
+    entities = find_entities(pairs, root / "chips", reading=(24, (0.0, 2040.0)))
+    assert entities.tolist() == FOUND + [3 + x for x in FOUND]
+    (store,) = (path for path in (root / "chips").glob("*.npy") if not path.name.startswith("entities"))
+    assert store.name.endswith("-24-0.0_2040.0.npy")
+
+
 def test_a_csv_overrides_what_was_found(root, capsys):
     pairs = find_pairs(root / "data")
     path = write(root, "ant/0,a", "ant/5.png,a", "bee/0,a", "only_bee,b", "", "ant/1, c d ")

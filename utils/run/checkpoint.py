@@ -52,6 +52,11 @@ def _is_view(x):
     return type(x) in (tuple, list) and len(x) == 2 and _is_count(x[0]) and x[0] < 8 and _is_positive(x[1])
 
 
+def _is_reading(x):
+    """Side and grey range of EO chips, or nothing."""
+    return type(x) in (tuple, list) and (len(x) == 0 or len(x) == 2 and _is_count(x[0]) and _is_range(x[1]))
+
+
 def _is_validation(x):
     if not _are_tensors(x) or x.keys() not in (set(), {"features", "labels"}, {"features", "labels", "counts"}):
         return False
@@ -76,6 +81,7 @@ KEYS = {
     "grey": lambda x: _each(_is_positive)(x) and len(x) == 2,
     "data_root": _is_text,
     "entities": _is_text,
+    "eo_reading": _is_reading,
     "labelled_share": lambda x: type(x) in (int, float) and 0 <= x <= 1,
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
@@ -129,6 +135,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         newer = checkpoint["format"] > FORMAT
         advice = "update this project" if newer else f"make it anew: python {script}"
         raise CheckpointError(f"{path} was written by {'a newer' if newer else 'an older'} version; {advice}")
+    checkpoint.setdefault("eo_reading", ())  # of checkpoints that were written before there was one
     wrong = _wrong_keys(checkpoint, KEYS)
     if with_run and not wrong:
         wrong = _wrong_keys(checkpoint["run"], RUN_KEYS) if isinstance(checkpoint.get("run"), dict) else ["run"]

@@ -27,7 +27,9 @@ def test_written_read_and_rebuilt(tmp_path, checkpoint):
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
     plain = torch.load(path, weights_only=True)
     assert plain["classes"] == ("a", "b")
-    model = build_model(load_checkpoint(path, "pretrain.py", "EO"))
+    read = load_checkpoint(path, "pretrain.py", "EO")
+    assert read["eo_reading"] == ()  # as in a checkpoint from before there was one
+    model = build_model(read)
     assert not model.training
     for key, value in model.state_dict().items():
         assert torch.equal(value, checkpoint["model"][key])
