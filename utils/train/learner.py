@@ -12,7 +12,7 @@ from utils.run.ranks import sum_over_ranks, synchronised, world_size
 from utils.run.settings import SettingError
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -43,7 +43,10 @@ class Optimization:
 
 
 class Learner:
-    """Takes training steps. A step whose loss or gradient is not finite changes nothing but the schedule.
+    """Takes training steps. A step whose loss or gradient is not finite leaves the weights as they are.
+
+    It counts for the schedule, and for the counters that some of timm's optimizers (such as nadamw) keep for
+    themselves; adamw goes on as if there had been no such step.
 
     Args:
         model: Classifier on its device; parameters that require no gradient stay as they are.
@@ -219,6 +222,8 @@ def _optimizer(modules, optimization):
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0)
         raise SettingError(f"timm knows no OPTIMIZER {name!r}; near: {', '.join(near)}")
+    if get_optimizer_info(name).second_order:
+        raise SettingError(f"OPTIMIZER {name} needs second derivatives, which a step here does not compute; set another")
     options |= {"weight_decay": optimization.weight_decay} | ({"fused": True} if name in FUSED else {})
     try:
         return create_optimizer_v2(modules, name, **options)

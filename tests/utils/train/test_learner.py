@@ -106,7 +106,6 @@ OPTIMIZERS = ["adamw", "adam", "sgd", "momentum", "adagrad", "nadamw", "rmsprop"
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [0, 3])
 def test_a_step_without_a_finite_loss_changes_nothing(name, bad):
-    """Nor do the steps after it differ from those of a run without it, but for the schedule."""
     model = network()
     ours = learner(model, (bad,), optimizer=name, ema=0.9)
     ours.modules.train()
@@ -161,6 +160,8 @@ def test_position_embeddings_biases_and_norms_are_not_decayed():
 def test_unknown_optimizers_are_refused_with_the_nearest_name():
     with pytest.raises(SettingError, match="no OPTIMIZER 'adamv'; near: .*adam"):
         learner(network(), optimizer="adamv")
+    with pytest.raises(SettingError, match="adahessian needs second derivatives"):
+        learner(network(), optimizer="adahessian")
 
 
 def test_the_meter_counts_steps_without_a_finite_loss():
