@@ -7,7 +7,7 @@ from data.augment import Augmentation
 from data.batches import Batches
 from data.demo import ensure_demo
 from data.entities import find_entities
-from data.layouts import find_pairs
+from data.layouts import find_pairs, find_unpaired
 from data.sampler import WeightedStream
 from data.split import choose_training
 from data.store import MemoryBudget, choose_reading, grey_statistics, open_store, place_stores, unreadable
@@ -24,6 +24,7 @@ from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
 from utils.train.validation import Validation, labelled_chips
 
+import numpy as np
 import torch
 
 # Ranges and choices of the constants: utils/run/rules.py
@@ -79,7 +80,10 @@ def main():
     sizes = [scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES]
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
-    paths = pairs.eo if SENSOR == "EO" else pairs.sar
+    paths, further = pairs.sar, ()
+    if SENSOR == "EO":
+        unpaired, further = find_unpaired(DATA_ROOT, pairs.classes)
+        paths = pairs.eo + unpaired
     side, grey_range = reading = choose_reading(paths, GREY_RANGE)
     chips = open_store(paths, STORE_DIR, SKIP_BAD, *reading)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
@@ -87,7 +91,7 @@ def main():
     labelled = labelled_chips(DATA_ROOT, pairs, reading, budget, STORE_DIR, SKIP_BAD) if SENSOR == "SAR" else None
     eo_reading = reading if SENSOR == "EO" else ()
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, ENTITIES, eo_reading)
-    train = choose_training(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips))
+    train = choose_training(pairs, entities, 0.0 if labelled else VAL_FRACTION, unreadable(chips), further=further)
     grey = grey_statistics(chips, train.indices)
 
     stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
@@ -101,9 +105,10 @@ def main():
         total = None if alpha is None else total_weight(alpha[batch.labels], batches.size)
         return focal_loss(logits, batch.labels, GAMMA, alpha, total), logits, batch.labels
 
+    counts = np.bincount([*pairs.labels, *further], minlength=classes).tolist()
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": side,
-        "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": pairs.counts,
+        "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
         "labelled_share": 1.0, "eo_reading": eo_reading,
@@ -111,7 +116,7 @@ def main():
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = store.subset(train.held_out), pairs.labels[train.held_out]
     validate = Validation(*(labelled or held_out), IMAGE_SIZE, grey)
-    if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS)):
+    if not run.begin(made_from(__file__, pairs, [chips], entities, labelled, WEIGHTS, further=further)):
         return run.announce(*following)
     if COMPILE:
         compile_backbone(model, device)

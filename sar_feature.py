@@ -118,7 +118,8 @@ def main():
     listed = choose_entities(ENTITIES, source, TEACHER)
     entities = find_entities(pairs, STORE_DIR, SKIP_BAD, listed, source["eo_reading"])
     fraction = 0.0 if labelled else source["val_fraction"]
-    train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, unlabelled=len(further_eo))
+    unknown = [-1] * len(further_eo)
+    train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, further=unknown)
     if not KL_WEIGHT and not FEATURE_WEIGHT:
         train = train.labelled()
         check(len(train.labels), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
@@ -140,8 +141,8 @@ def main():
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
         if MATCH_PRIOR:
-            drawn = source["settings"]
-            logits = match_prior(logits, source["counts"], drawn["BALANCE"], BALANCE, drawn["CLASS_WEIGHTS"])
+            drawn = source["settings"]["BALANCE"], pairs.counts, BALANCE, source["settings"]["CLASS_WEIGHTS"]
+            logits = match_prior(logits, source["counts"], *drawn)
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -175,6 +176,7 @@ def main():
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
         "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE,
+        "counts": pairs.counts,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]

@@ -179,6 +179,24 @@ def find_unlabelled(root):
     return [eo[key] for key in sorted(eo)], [sar[key] for key in sorted(sar)]
 
 
+def find_unpaired(root, classes):
+    """Labelled EO chips without a SAR chip, which teach the EO classifier alone: paths, and labels int64 [N].
+
+    They lie in unpaired/EO/<class>/ of the data set. Both are empty if it has no such folder.
+
+    Raises:
+        DataError: a class folder is empty, or none of `classes`; or there is none.
+    """
+    folder = Path(root, "unpaired", "EO")
+    if not folder.is_dir():
+        return [], np.zeros(0, np.int64)
+    chips = {name if name in classes else _official_name(name): found for name, found in _by_class(folder).items()}
+    if strange := sorted(set(chips) - set(classes)):
+        raise DataError(f"{folder}: {named(strange)} is none of the classes of the pairs, {named(classes)}; rename it")
+    found = [(chips[name][key], label) for label, name in enumerate(classes) for key in sorted(chips.get(name, ()))]
+    return [path for path, _ in found], np.array([label for _, label in found], np.int64)
+
+
 def find_chips(folder):
     """Image files directly in `folder`, else those in its subfolders; sorted by subfolder, then by name.
 

@@ -11,7 +11,7 @@ import numpy as np
 class TrainingPairs:
     """The pairs that a stage trains on, T of them.
 
-    indices: int64 [T], of the pairs with labels and, after them, those without.
+    indices: int64 [T], of the pairs of the class folders and, after them, further chips.
     labels: int64 [T]; -1 = the class of this pair is not known.
     entities: [T] ids, each in one class.
     held_out: int64 indices of the pairs to validate on.
@@ -41,7 +41,7 @@ class TrainingPairs:
         return replace(self, labels=filled, entities=np.unique(of_both, return_inverse=True)[1])
 
 
-def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, unlabelled=0):
+def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, further=()):
     """The `TrainingPairs` of a stage; the same arguments always give the same ones.
 
     Args:
@@ -49,7 +49,7 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, un
         fraction: of the pairs to hold out, of `split_pairs`; 0 = none.
         excluded: arrays of indices that are left out, such as unreadable chips.
         labelled_share: of the training pairs of each class whose labels are used, of `choose_labelled`.
-        unlabelled: number of further pairs without labels, with the indices N, N + 1, ...
+        further: labels of further chips to train on, with the indices N, N + 1, ...; -1 = not known.
 
     Raises:
         DataError: no pair is left for training.
@@ -63,11 +63,11 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, un
     if not len(train):
         raise DataError("no pair is left of which both files are readable images; add chips")
     count = len(entities)
-    further = np.setdiff1d(np.arange(count, count + unlabelled), excluded)
-    indices = np.concatenate((train, further))
-    labels = np.concatenate((labels, np.full(len(further), -1)))
+    added = np.setdiff1d(np.arange(count, count + len(further)), excluded).astype(np.int64)
+    indices = np.concatenate((train, added))
+    labels = np.concatenate((labels, np.asarray(further, np.int64)[added - count]))
     # Each of them is an entity of its own.
-    entities = np.concatenate((entities[train], entities.max() + 1 + further - count))
+    entities = np.concatenate((entities[train], entities.max() + 1 + added - count))
     return TrainingPairs(indices, labels, entities, held_out)
 
 

@@ -6,25 +6,28 @@ import torch
 import torch.nn.functional as F
 
 
-def match_prior(logits, counts, teacher_balance, student_balance, class_weights=(1.0,)):
+def match_prior(logits, teacher_counts, teacher_balance, counts, balance, class_weights=(1.0,)):
     """The teacher's logits as if its chips had been drawn like the student's.
 
     Chips drawn with probability count^-balance show class c in proportion to count_c^(1 - balance), and a loss with
     the class weight alpha_c counts them alpha_c times. A classifier learns that prior with the rest, so what the
-    student's own draws teach it differs by (teacher_balance - student_balance) log count - log alpha.
+    student's own draws teach it differs by the logarithm of the ratio of both priors.
 
     Args:
-        logits: [N, C]; counts: [C], pairs of each class in the data set, > 0 (the split holds out nearly the same share
-            of each).
-        teacher_balance, student_balance: BALANCE of both stages.
+        logits: [N, C], of the teacher.
+        teacher_counts, teacher_balance: chips of each class, [C], > 0, and BALANCE of the teacher's stage; those that
+            it held out count as well, for the split holds out nearly the same share of each class.
+        counts, balance: the same of the student's.
         class_weights: CLASS_WEIGHTS of the teacher, one for all or C of them; a 0 is left as it is.
 
     Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, for the shift by log priors.
     """
-    log_counts = torch.log(torch.as_tensor(counts, device=logits.device, dtype=logits.dtype))
-    alpha = torch.as_tensor(class_weights, device=logits.device, dtype=logits.dtype)
-    log_alpha = torch.log(torch.where(alpha > 0, alpha, 1))
-    return logits + (teacher_balance - student_balance) * log_counts - log_alpha
+    taught, wanted, alpha = (
+        torch.as_tensor(values, device=logits.device, dtype=logits.dtype)
+        for values in (teacher_counts, counts, class_weights)
+    )
+    log_prior = (1 - teacher_balance) * taught.log() + torch.where(alpha > 0, alpha, 1).log()
+    return logits + (1 - balance) * wanted.log() - log_prior
 
 
 def _in_full_precision(loss):

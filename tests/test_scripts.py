@@ -325,6 +325,25 @@ def test_the_scales_are_compared_by_the_head_of_the_student(pipeline, captured, 
     assert torch.equal(heads[0], student) and not torch.equal(learner.model.head.weight, student)
 
 
+def test_photographs_without_a_radar_chip_teach_the_first_stage(captured, tiny_demo, tmp_path):
+    shutil.copytree(tiny_demo, tmp_path / "data")
+    pairs = find_pairs(tiny_demo)
+    for path, label in list(zip(pairs.eo, pairs.labels, strict=True))[::5]:
+        folder = tmp_path / "data/unpaired/EO" / pairs.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    root = f"DATA_ROOT={tmp_path / 'data'}"
+    _, without, _, _, contents = captured("pretrain.py", f"DATA_ROOT={tiny_demo}")
+    _, batches, validate, _, with_them = captured("pretrain.py", root)
+    more = pairs.labels[::5].tolist()
+    assert batches.labels.tolist() == without.labels.tolist() + more
+    assert with_them["counts"] == np.bincount([*pairs.labels, *more]).tolist() != contents["counts"] == pairs.counts
+    assert (batches.store[np.arange(len(batches.labels))[-1:]] > 0).any()
+    for script, sensor in (("pretrain.py", "SENSOR=SAR"), ("sar_feature.py", "KL_WEIGHT=1")):
+        _, batches, *_, contents = captured(script, root, sensor)
+        assert len(batches.labels) == len(pairs.labels) and contents["counts"] == pairs.counts
+
+
 def kl_by_hand(batch, learner, source, root, logits, cwd):
     """The KL term of sar_feature.py at its default T on a batch, from EO files that are read again."""
     data = root.removeprefix("DATA_ROOT=")

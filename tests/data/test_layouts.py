@@ -8,6 +8,7 @@ from data.layouts import (
     find_reference,
     find_test,
     find_unlabelled,
+    find_unpaired,
     find_validation,
     image_ids,
     read_chips,
@@ -243,3 +244,16 @@ def test_pairs_without_labels(tmp_path):
     (folder / "EO" / "c.png").write_bytes((folder / "EO" / "a.png").read_bytes())
     with pytest.raises(DataError, match="unlabelled: 1 EO chips without SAR .c."):
         find_unlabelled(tmp_path)
+
+
+def test_photographs_without_a_radar_chip(tmp_path):
+    classes = ("ant", "bee", "bus")
+    paths, labels = find_unpaired(tmp_path, classes)
+    assert paths == [] and labels.tolist() == []
+    for name in ("bee/2.png", "bee/10.png", "7/1.png"):  # 7 is the bus, by its official number
+        (tmp_path / "unpaired/EO" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "unpaired/EO" / name).touch()
+    paths, labels = find_unpaired(tmp_path, classes)
+    assert [Path(path).name for path in paths] == ["10.png", "2.png", "1.png"] and labels.tolist() == [1, 1, 2]
+    with pytest.raises(DataError, match="unpaired/EO: bee is none of the classes of the pairs, ant, bus"):
+        find_unpaired(tmp_path, ("ant", "bus"))

@@ -99,7 +99,7 @@ def test_without_a_class_of_two_entities_single_pairs_are_held_out(capsys):
 def test_training_pairs_are_the_split_with_labels_and_entities_beside_them():
     entities, bad = np.array(SIX_OBJECTS, np.int32), np.array([2, 15])
     pairs = pairs_of(ANT_AND_BEE)
-    train = choose_training(pairs, entities, 0.3, bad, labelled_share=0.5, unlabelled=3)
+    train = choose_training(pairs, entities, 0.3, bad, labelled_share=0.5, further=[-1] * 3)
     split = split_pairs(pairs, entities, 0.3)
     with_label = np.setdiff1d(split[0][choose_labelled(ANT_AND_BEE[split[0]], 0.5)], bad)
     split = [np.setdiff1d(indices, bad) for indices in split]
@@ -107,13 +107,15 @@ def test_training_pairs_are_the_split_with_labels_and_entities_beside_them():
     assert train.indices[train.has_label].tolist() == with_label.tolist()
     assert train.labels[train.has_label].tolist() == ANT_AND_BEE[with_label].tolist()
     assert train.entities.tolist() == [*entities[split[0]], 6, 8]
+    unpaired = choose_training(pairs, entities, 0.3, bad, further=np.array([1, 0, 1]))
+    assert unpaired.labels.tolist() == [*ANT_AND_BEE[split[0]], 1, 1] and unpaired.has_label.all()
     labelled = train.labelled()
     assert labelled.indices.tolist() == with_label.tolist() and labelled.has_label.all()
     assert labelled.entities.tolist() == entities[with_label].tolist()
 
 
 def test_an_entity_that_the_teacher_sees_in_two_classes_is_two():
-    train = choose_training(pairs_of(ANT_AND_BEE), np.array(SIX_OBJECTS), 0.0, labelled_share=0.0, unlabelled=1)
+    train = choose_training(pairs_of(ANT_AND_BEE), np.array(SIX_OBJECTS), 0.0, labelled_share=0.0, further=[-1])
     seen = np.array([0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0])
     filled = train.with_labels(seen)
     assert filled.has_label.all() and filled.labels.tolist() == seen.tolist()

@@ -104,10 +104,14 @@ def test_match_prior_turns_bayes_posteriors_of_one_draw_into_those_of_the_other(
     counts = torch.tensor([1000.0, 100.0, 20.0, 5.0], dtype=torch.float64)
     teacher = (likelihood * counts ** (1 - 0.5)).log()  # drawn with BALANCE=0.5
     student = likelihood * counts ** (1 - 0.9)
-    matched = match_prior(teacher, counts.tolist(), 0.5, 0.9).softmax(1)
+    matched = match_prior(teacher, counts.tolist(), 0.5, counts.tolist(), 0.9).softmax(1)
     torch.testing.assert_close(matched, student / student.sum(1, keepdim=True))
-    assert torch.equal(match_prior(teacher, counts, 0.7, 0.7), teacher)
+    torch.testing.assert_close(match_prior(teacher, counts, 0.7, counts, 0.7), teacher)
+    few = torch.tensor([9.0, 3.0, 8.0, 1.0], dtype=torch.float64)  # the student has other chips
+    matched = match_prior(teacher, counts, 0.5, few, 0.9).softmax(1)
+    of_few = likelihood * few ** (1 - 0.9)
+    torch.testing.assert_close(matched, of_few / of_few.sum(1, keepdim=True))
     alpha = torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=torch.float64)
     weighted = teacher + torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64).log()
-    matched = match_prior(weighted, counts.tolist(), 0.5, 0.9, tuple(alpha.tolist())).softmax(1)
+    matched = match_prior(weighted, counts, 0.5, counts, 0.9, tuple(alpha.tolist())).softmax(1)
     torch.testing.assert_close(matched, student / student.sum(1, keepdim=True))

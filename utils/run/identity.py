@@ -25,7 +25,7 @@ NAMES = {
 }
 
 
-def made_from(script, pairs, chips, entities, labelled=None, weights="", source=None):
+def made_from(script, pairs, chips, entities, labelled=None, weights="", source=None, further=()):
     """Digests of what a run is made from.
 
     Args:
@@ -35,11 +35,12 @@ def made_from(script, pairs, chips, entities, labelled=None, weights="", source=
         labelled: (ChipStore, labels) of the labelled chips that choose the best epoch; None without.
         weights: value of WEIGHTS or INIT.
         source: checkpoint of the stage before, or None.
+        further: labels of chips that are no pairs.
 
     Returns:
         {name: hex string, or word of `WORDS`}, names as in `NAMES`.
     """
-    data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
+    data = [pairs.labels.tobytes(), bytes(further), repr(pairs.classes), *map(store_digest, chips)]
     if labelled:
         store, labels = labelled
         data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]

@@ -223,7 +223,7 @@ def _optimizer(modules, optimization):
         near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0)
         raise SettingError(f"timm knows no OPTIMIZER {name!r}; near: {', '.join(near)}")
     if get_optimizer_info(name).second_order:
-        raise SettingError(f"OPTIMIZER {name} needs second derivatives, which a step here does not compute; set another")
+        raise SettingError(f"OPTIMIZER {name} needs second derivatives, which a step does not compute; set another")
     options |= {"weight_decay": optimization.weight_decay} | ({"fused": True} if name in FUSED else {})
     try:
         return create_optimizer_v2(modules, name, **options)
