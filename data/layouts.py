@@ -6,6 +6,9 @@
 | 2021/22  | train_images/<0..9>/EO_*, SAR_*                       |              | test_images/ |
 | method's | EO/<class>/, SAR/<class>/                             |              | test/        |
 
+Beside these, unlabelled/EO/ and unlabelled/SAR/ may hold pairs without labels, and unpaired/EO/<class>/ labelled EO
+chips without a SAR chip.
+
 The folders val and test, and TEST_DIR, may also hold the chips in several subfolders. If a subfolder has the
 name of a class, or its number in a submission, the subfolders are the labels of the chips: those in any other
 subfolder are out of distribution. A reference CSV in the folder takes precedence over the subfolders. A single
