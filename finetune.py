@@ -87,9 +87,11 @@ def main():
     fraction, share = 0.0 if labelled else source["val_fraction"], source["labelled_share"]
     train = choose_training(pairs, entities, fraction, unreadable(chips), labelled_share=share).labelled()
     labels, sar_train = train.labels, sar.subset(train.indices)
+    counts = np.bincount(labels, minlength=len(pairs.classes))
     check(
-        np.bincount(labels).max() > 1,
-        f"each class has one labelled chip, and the OOD scores need two: train {STUDENT} with a larger LABELLED_SHARE",
+        counts.max() > 1,
+        "no class has two labelled chips, which the OOD scores need; add pairs, or train the student with a larger "
+        "LABELLED_SHARE",
     )
     by_entity = train.entities, BALANCE_ENTITIES
     stream = (
@@ -128,7 +130,6 @@ def main():
     requests = tqdm(list(product(chosen, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()
-    counts = np.bincount(labels, minlength=len(pairs.classes))
     contents["ood"] = fit_scores(mean, labels[fitted_on], counts, BACKGROUND)
     contents["validation"] = validate.sample(model, OOD_CHIPS)
     if labelled:  # pairs that were held out do not say how often a class is in the test

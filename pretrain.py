@@ -80,10 +80,8 @@ def main():
     sizes = [scaled(IMAGE_SIZE, scale) for scale in TRAIN_SCALES]
     model = Classifier(BACKBONE, classes, IMAGE_SIZE, WEIGHTS)
     model.to(device, memory_format=torch.channels_last).check_sizes(sizes)
-    paths, further = pairs.sar, ()
-    if SENSOR == "EO":
-        unpaired, further = find_unpaired(DATA_ROOT, pairs.classes)
-        paths = pairs.eo + unpaired
+    unpaired, further = find_unpaired(DATA_ROOT, pairs.classes) if SENSOR == "EO" else ([], np.zeros(0, int))
+    paths = pairs.eo + unpaired if SENSOR == "EO" else pairs.sar
     side, grey_range = reading = choose_reading(paths, GREY_RANGE)
     chips = open_store(paths, STORE_DIR, SKIP_BAD, *reading)
     budget = MemoryBudget(device, CHIP_MEMORY_GB)
@@ -105,7 +103,7 @@ def main():
         total = None if alpha is None else total_weight(alpha[batch.labels], batches.size)
         return focal_loss(logits, batch.labels, GAMMA, alpha, total), logits, batch.labels
 
-    counts = np.bincount([*pairs.labels, *further], minlength=classes).tolist()
+    counts = np.bincount(np.concatenate((pairs.labels, further)), minlength=classes).tolist()
     contents = {
         "sensor": SENSOR, "backbone": BACKBONE, "image_size": IMAGE_SIZE, "chip_side": side,
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": counts,

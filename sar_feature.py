@@ -130,7 +130,8 @@ def main():
     if not all_labelled:
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
         train = train.with_labels(seen.argmax(1).cpu().numpy())
-        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others teach without")
+        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others learn from the teacher")
+    counts = np.bincount(train.labels, minlength=len(pairs.classes)).clip(1)  # as they are drawn
     stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
     of_train = sar.subset(train.indices), [sar_paths[i] for i in train.indices]
     batches = Batches(stream, train.labels, device, EPOCHS, *of_train, (rank(), world_size()))
@@ -141,7 +142,7 @@ def main():
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
         if MATCH_PRIOR:
-            drawn = source["settings"]["BALANCE"], pairs.counts, BALANCE, source["settings"]["CLASS_WEIGHTS"]
+            drawn = source["settings"]["BALANCE"], counts, BALANCE, source["settings"]["CLASS_WEIGHTS"]
             logits = match_prior(logits, source["counts"], *drawn)
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 

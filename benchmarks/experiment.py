@@ -238,16 +238,18 @@ class Experiment:
 
 
 def objects_of(root, names):
-    """What must not be torn apart, ids, int64 [N]: chips of one id are not independent.
+    """Group ids of N chips, int64 [N]; the chips of one group are not independent.
 
-    The fragment of a map, where the data set says in val_sources.csv (`image_id,fragment`) which one a chip was cut
-    from; else the object that the numbers in the N file names tell.
+    The fragment of a map that a chip was cut from, where the data set says so in val_sources.csv
+    (`image_id,fragment`); else the object that the numbers in the file names tell.
     """
     sources = Path(root, "val_sources.csv")
     if sources.is_file():
         rows = read_table(sources, ("image_id", "fragment"), "a list of sources", "fragment is any text")
         fragment_of = {image_id: fragment for _, image_id, fragment in rows}
-        return np.unique([fragment_of[Path(name).stem] for name in names], return_inverse=True)[1]
+        stems = [Path(name).stem for name in names]
+        check(set(stems) <= set(fragment_of), f"{sources} does not have every chip; move it away to group by numbers")
+        return np.unique([fragment_of[stem] for stem in stems], return_inverse=True)[1]
     numbered, _ = suitable_clustering("sequence", names)
     return cluster_chips(np.zeros((len(names), 1)), names, numbered)
 
@@ -268,7 +270,7 @@ def choosing_and_scored(data_root, test_dir, out):
     cut = Path(out, "data")
     if cut.exists():
         return str(cut), cut / "val", cut / "test"
-    # Objects of one class alternate, so that both halves hold every class.
+    # Objects whose first chip has the same class alternate, so that both halves hold every class.
     objects = objects_of(root, [path.name for path in labelled.paths])
     first = np.unique(objects, return_index=True)[1]
     order = np.lexsort((first, labelled.labels[first]))

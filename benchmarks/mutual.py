@@ -94,6 +94,7 @@ def main():
 
     contents = source | {
         "sensor": "SAR", "chip_side": side, "grey_range": grey_range, "grey": sar_grey, "scales": scales,
+        "counts": pairs.counts,
         "views": all_views(scales),
     }  # fmt: skip
     optimization = Optimization(

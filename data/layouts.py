@@ -185,18 +185,21 @@ def find_unlabelled(root):
 def find_unpaired(root, classes):
     """Labelled EO chips without a SAR chip, which teach the EO classifier alone: paths, and labels int64 [N].
 
-    They lie in unpaired/EO/<class>/ of the data set. Both are empty if it has no such folder.
+    They lie in unpaired/EO/<class>/ of the data set. Both are empty if it has no folder unpaired. Prints how many.
 
     Raises:
-        DataError: a class folder is empty, or none of `classes`; or there is none.
+        DataError: there are no class folders, or one is empty or none of `classes`.
     """
-    folder = Path(root, "unpaired", "EO")
+    folder = Path(root, "unpaired")
     if not folder.is_dir():
         return [], np.zeros(0, np.int64)
-    chips = {name if name in classes else _official_name(name): found for name, found in _by_class(folder).items()}
+    if not (folder / "EO").is_dir():
+        raise DataError(f"{folder} has no folder EO; labelled EO chips without a SAR chip lie in {folder}/EO/<class>")
+    chips = _by_class(folder / "EO")
     if strange := sorted(set(chips) - set(classes)):
-        raise DataError(f"{folder}: {named(strange)} is none of the classes of the pairs, {named(classes)}; rename it")
+        raise DataError(f"{folder}/EO: no classes of the pairs: {named(strange)}; rename them to {named(classes)}")
     found = [(chips[name][key], label) for label, name in enumerate(classes) for key in sorted(chips.get(name, ()))]
+    print(f"{len(found)} labelled EO chips without a SAR chip are trained on as well")
     return [path for path, _ in found], np.array([label for _, label in found], np.int64)
 
 

@@ -143,6 +143,8 @@ def _held_out(sizes, wanted, random):
 def choose_labelled(labels, share):
     """Which training chips keep their labels, bool [N]: round(share * count) of each class, but at least one.
 
+    `choose_training` then leaves out unreadable chips, also if a class has no other label.
+
     The same labels and share always give the same choice, and a larger share contains a smaller one.
 
     Args:

@@ -274,7 +274,7 @@ CASES = [
     bad("unlabelled, broken", [chip("data/unlabelled/EO/a.png"), write("data/unlabelled/SAR/a.png", b"no")],
         "sar_feature.py", "1 files are no readable images: data/unlabelled/SAR/a.png"),
     bad("photographs of another class", chip("data/unpaired/EO/tank/a.png"), "pretrain.py",
-        "data/unpaired/EO: tank is none of the classes of the pairs"),
+        "data/unpaired/EO: no classes of the pairs: tank; rename them to"),
     bad("photographs without class folders", chip("data/unpaired/EO/a.png"), "pretrain.py", "holds no class folders"),
     bad("no prefixes", [write(f"old/train_images/{i}/1.png", b"") for i in (0, 1)],
         "pretrain.py DATA_ROOT=old", "old, class sedan: no chip is named EO_<number> or SAR_<number>"),

@@ -250,10 +250,13 @@ def test_photographs_without_a_radar_chip(tmp_path):
     classes = ("ant", "bee", "bus")
     paths, labels = find_unpaired(tmp_path, classes)
     assert paths == [] and labels.tolist() == []
-    for name in ("bee/2.png", "bee/10.png", "7/1.png"):  # 7 is the bus, by its official number
+    (tmp_path / "unpaired/bus").mkdir(parents=True)
+    with pytest.raises(DataError, match="unpaired has no folder EO; labelled"):
+        find_unpaired(tmp_path, classes)
+    for name in ("bee/2.png", "bee/10.png", "bus/1.png"):
         (tmp_path / "unpaired/EO" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "unpaired/EO" / name).touch()
     paths, labels = find_unpaired(tmp_path, classes)
     assert [Path(path).name for path in paths] == ["10.png", "2.png", "1.png"] and labels.tolist() == [1, 1, 2]
-    with pytest.raises(DataError, match="unpaired/EO: bee is none of the classes of the pairs, ant, bus"):
+    with pytest.raises(DataError, match="unpaired/EO: no classes of the pairs: bee; rename them to ant, bus"):
         find_unpaired(tmp_path, ("ant", "bus"))

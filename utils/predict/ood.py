@@ -79,7 +79,7 @@ def fit_gaussians(features, labels, counts, background=0.75):
         (Sigma + B)^-1; "background" [].
 
     Raises:
-        DataError: the features do not vary within the classes.
+        DataError: the features do not vary within the classes, or are those of two chips.
 
     Source: Ledoit and Wolf, J. Multivariate Analysis 88, 2004, in scikit-learn.
     """
@@ -93,8 +93,8 @@ def fit_gaussians(features, labels, counts, background=0.75):
     # Rounding, at most; or two chips in all, which Ledoit-Wolf does not shrink.
     if np.trace(within) <= 1e-10 * np.square(features).sum(1).mean() or len(features) <= 2:
         raise DataError(
-            "in every class all training chips have the same features, so their covariance is "
-            "unknown: the chips are empty, copies, or too few; give others"
+            "in every class all training chips have the same features, or there are two chips in all, so their "
+            "covariance is unknown: the chips are empty, copies, or too few; give others"
         )
     share = counts / counts.sum()
     between = (mean - share @ mean) * np.sqrt(share)[:, None]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from utils.predict.clusters import chip_numbers, cluster_chips
+from utils.predict.clusters import LARGE, chip_numbers, cluster_chips
 from utils.predict.ood import SCORES, cluster_mean
 from utils.predict.vote import estimate_belief, fit_temperature, measure_belief, shift_to_shares, vote
 
@@ -173,7 +173,7 @@ def belief_in_clusters(validation, logits, features, names, settings, clusters):
             return 0.0
         size = len(clusters) / (clusters.max() + 1)  # clusters of other sizes deserve another belief
         logits, features, labels = validation
-        number = max(1, round(len(labels) / size))
+        number = min(max(1, round(len(labels) / size)), LARGE)
         clusters = cluster_chips(features, np.arange(len(labels)), "features", number)
         return measure_belief(logits / _temperature(validation), clusters, labels)
     belief = estimate_belief(logits, clusters)

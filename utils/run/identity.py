@@ -35,15 +35,17 @@ def made_from(script, pairs, chips, entities, labelled=None, weights="", source=
         labelled: (ChipStore, labels) of the labelled chips that choose the best epoch; None without.
         weights: value of WEIGHTS or INIT.
         source: checkpoint of the stage before, or None.
-        further: labels of chips that are no pairs.
+        further: labels of chips that are no pairs, int64 array.
 
     Returns:
         {name: hex string, or word of `WORDS`}, names as in `NAMES`.
     """
-    data = [pairs.labels.tobytes(), bytes(further), repr(pairs.classes), *map(store_digest, chips)]
+    data = [pairs.labels.tobytes(), repr(pairs.classes), *map(store_digest, chips)]
     if labelled:
         store, labels = labelled
         data += [store_digest(store), labels.tobytes(), store.indices.tobytes()]
+    if len(further):
+        data.append(further.tobytes())
     digests = {"data": digest(*data), "entities": digest(entities), "code": source_digest(script)}
     digests["weights"] = weights if weights in WORDS else digest(Path(weights).read_bytes())
     if source is not None:

@@ -120,7 +120,7 @@ class Learner:
             ) from error
 
     def _update(self, bad):
-        """The optimizer's step, which changes nothing if `bad`, bool [] on the device, is true."""
+        """The optimizer's step, which leaves weights and state as they are if `bad`, bool [] on the device, is true."""
         if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = bad.float()  # 1 makes a fused step leave everything as it is
             self.optimizer.step()

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def test_read_back_by_an_independent_reader(tmp_path):
-    scores = [1.25, np.float32(-3.500000238)]  # no digit is lost
-    path = write_submission(tmp_path / "out", ["17", "5"], [7, 0], scores, 0.0125, False, "words, here")
+    scores = [1234.5678901234567, float(np.float32(-3.500000238))]  # no digit is lost
+    path = write_submission(tmp_path / "out", ["17", "5"], [7, 0], np.array(scores), 0.0125, False, "words, here")
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == ["results.csv", "readme.txt"]
         rows = list(csv.DictReader(io.TextIOWrapper(archive.open("results.csv"), "utf-8")))

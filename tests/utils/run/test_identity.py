@@ -56,6 +56,15 @@ def test_code_is_what_a_stage_runs(project, path, before, after, other):
     assert (source_digest(project / "script.py") != digest_before) == other
 
 
+def test_the_class_of_a_chip_that_is_no_pair_counts(project):
+    pairs = Pairs([], [], np.zeros(0, np.int64), ("a", "b"), (0, 1))
+    entries = [
+        made_from(project / "script.py", pairs, [], pairs.labels, further=np.array(labels)) for labels in ([0], [1], [])
+    ]
+    assert len({entry["data"] for entry in entries}) == 3
+    assert made_from(project / "script.py", pairs, [], pairs.labels) == entries[2]
+
+
 def test_initial_weights_are_told_apart_by_their_word_or_their_content(project):
     pairs = Pairs([], [], np.zeros(0, np.int64), ("a", "b"), (0, 1))
     for name, content in (("one.pt", b"1"), ("same.pt", b"1"), ("other.pt", b"2")):
