@@ -29,7 +29,8 @@ def write_submission(out_dir, image_ids, class_ids, confidences, seconds_per_ima
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "class_id", "score"])
         for image_id, class_id, score in zip(image_ids, class_ids, confidences, strict=True):
-            writer.writerow([image_id, int(class_id), float(score)])
+            # As many digits as tell the values of float32 apart; further ones would depend on the order of the chips.
+            writer.writerow([image_id, int(class_id), f"{score:.9g}"])
     with atomic_file(readme, encoding="utf-8") as file:
         file.write(
             f"runtime per image [s] : {seconds_per_image:.6f}\n"
