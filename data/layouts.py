@@ -166,19 +166,22 @@ def find_unlabelled(root):
     """Pairs without labels, which teach by the teacher alone: EO and SAR paths, two lists in the same order.
 
     They lie in unlabelled/EO and unlabelled/SAR of the data set, the same name on both sides. Both lists are empty
-    if the data set has no folder unlabelled.
+    if the data set has no folder unlabelled. Prints how many there are.
 
     Raises:
-        DataError: one side is missing, or a chip has no counterpart.
+        DataError: one side is missing or holds no chips, a chip has no counterpart, or the folder's name is misspelt.
     """
-    folder = Path(root) / "unlabelled"
-    if not folder.is_dir():
+    folder = _folder_beside(root, "unlabelled")
+    if folder is None:
         return [], []
     for side in ("EO", "SAR"):
         if not (folder / side).is_dir():
             raise DataError(f"{folder} has no folder {side}; pairs without labels need both, EO and SAR")
     eo, sar = _images(folder / "EO"), _images(folder / "SAR")
     _check_names(folder, eo, sar)
+    if not eo:
+        raise DataError(f"{folder} holds no pairs; its chips lie directly in EO and SAR, without class folders")
+    print(f"{len(eo)} pairs without labels are trained on as well")
     return [eo[key] for key in sorted(eo)], [sar[key] for key in sorted(sar)]
 
 
@@ -188,10 +191,10 @@ def find_unpaired(root, classes):
     They lie in unpaired/EO/<class>/ of the data set. Both are empty if it has no folder unpaired. Prints how many.
 
     Raises:
-        DataError: there are no class folders, or one is empty or none of `classes`.
+        DataError: there are no class folders, one is empty or none of `classes`, or the folder's name is misspelt.
     """
-    folder = Path(root, "unpaired")
-    if not folder.is_dir():
+    folder = _folder_beside(root, "unpaired")
+    if folder is None:
         return [], np.zeros(0, np.int64)
     if not (folder / "EO").is_dir():
         raise DataError(f"{folder} has no folder EO; labelled EO chips without a SAR chip lie in {folder}/EO/<class>")
@@ -201,6 +204,15 @@ def find_unpaired(root, classes):
     found = [(chips[name][key], label) for label, name in enumerate(classes) for key in sorted(chips.get(name, ()))]
     print(f"{len(found)} labelled EO chips without a SAR chip are trained on as well")
     return [path for path, _ in found], np.array([label for _, label in found], np.int64)
+
+
+def _folder_beside(root, name):
+    """The folder of this name in a data set, or None; a name that is nearly it would silently be left out."""
+    for folder in Path(root).iterdir():
+        near = difflib.SequenceMatcher(None, folder.name.lower(), name).ratio() > NEAR
+        if near and folder.name != name and folder.is_dir():
+            raise DataError(f"{folder}: rename it to {name}, or to something else if it is not meant")
+    return Path(root, name) if Path(root, name).is_dir() else None
 
 
 def find_chips(folder):

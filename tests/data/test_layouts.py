@@ -235,6 +235,8 @@ def test_pairs_without_labels(tmp_path):
     with pytest.raises(DataError, match="has no folder SAR"):
         find_unlabelled(tmp_path)
     (folder / "SAR").mkdir()
+    with pytest.raises(DataError, match="unlabelled holds no pairs; its chips lie directly in EO and SAR"):
+        find_unlabelled(tmp_path)
     for name in ("b", "a"):
         for side in ("EO", "SAR"):
             Image.new("L", (8, 8)).save(folder / side / f"{name}.png")
@@ -260,3 +262,16 @@ def test_photographs_without_a_radar_chip(tmp_path):
     assert [Path(path).name for path in paths] == ["10.png", "2.png", "1.png"] and labels.tolist() == [1, 1, 2]
     with pytest.raises(DataError, match="unpaired/EO: no classes of the pairs: bee; rename them to ant, bus"):
         find_unpaired(tmp_path, ("ant", "bus"))
+
+
+@pytest.mark.parametrize("misspelt, find", [
+    ("unlabeled", find_unlabelled),
+    ("Unlabelled", find_unlabelled),
+    ("un-paired", lambda root: find_unpaired(root, ("ant", "bee"))),
+])  # fmt: skip
+def test_a_misspelt_folder_is_not_left_out_in_silence(tmp_path, misspelt, find):
+    (tmp_path / "train").mkdir()
+    assert not len(find(tmp_path)[0])
+    (tmp_path / misspelt).mkdir()
+    with pytest.raises(DataError, match=f"{misspelt}: rename it to un"):
+        find(tmp_path)
