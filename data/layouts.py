@@ -209,7 +209,8 @@ def find_unpaired(root, classes):
 def _folder_beside(root, name):
     """The folder of this name in a data set, or None; a name that is nearly it would silently be left out."""
     for folder in Path(root).iterdir():
-        near = difflib.SequenceMatcher(None, folder.name.lower(), name).ratio() > NEAR
+        plain = folder.name.lower()
+        near = plain.startswith("un") and difflib.SequenceMatcher(None, plain, name).ratio() > NEAR
         if near and folder.name != name and folder.is_dir():
             raise DataError(f"{folder}: rename it to {name}, or to something else if it is not meant")
     return Path(root, name) if Path(root, name).is_dir() else None

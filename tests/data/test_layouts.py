@@ -270,7 +270,8 @@ def test_photographs_without_a_radar_chip(tmp_path):
     ("un-paired", lambda root: find_unpaired(root, ("ant", "bee"))),
 ])  # fmt: skip
 def test_a_misspelt_folder_is_not_left_out_in_silence(tmp_path, misspelt, find):
-    (tmp_path / "train").mkdir()
+    for other in ("train", "labelled", "paired"):
+        (tmp_path / other).mkdir()
     assert not len(find(tmp_path)[0])
     (tmp_path / misspelt).mkdir()
     with pytest.raises(DataError, match=f"{misspelt}: rename it to un"):
