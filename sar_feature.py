@@ -142,8 +142,10 @@ def main():
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
         if MATCH_PRIOR:
-            drawn = source["settings"]["BALANCE"], counts, BALANCE, source["settings"]["CLASS_WEIGHTS"]
-            logits = match_prior(logits, source["counts"], *drawn)
+            trained = source["settings"]
+            logits = match_prior(
+                logits, source["counts"], trained["BALANCE"], counts, BALANCE, trained["CLASS_WEIGHTS"]
+            )
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -176,8 +178,7 @@ def main():
     contents = source | {
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
-        "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE,
-        "counts": pairs.counts,
+        "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE, "counts": pairs.counts,
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]

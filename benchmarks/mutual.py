@@ -94,8 +94,7 @@ def main():
 
     contents = source | {
         "sensor": "SAR", "chip_side": side, "grey_range": grey_range, "grey": sar_grey, "scales": scales,
-        "counts": pairs.counts,
-        "views": all_views(scales),
+        "counts": pairs.counts, "views": all_views(scales),
     }  # fmt: skip
     optimization = Optimization(
         sar_feature.LEARNING_RATE, sar_feature.WEIGHT_DECAY, sar_feature.WARMUP_EPOCHS, sar_feature.CLIP, seed=SEED

@@ -91,7 +91,7 @@ def find_pairs(root, classes=(), class_ids=()):
         classes: class folders in the order of their index; empty: the official order for
             the challenge's classes, alphabetical for any other set.
         class_ids: for each of `classes` its index in a submission, as a checkpoint has them; empty: the official
-            index, the numbers that are the names, or the positions; of `classes` always the positions.
+            index, the numbers that are the names, or the positions; the positions if `classes` are given.
 
     Raises:
         DataError: no layout fits, a class is empty or unknown, there is only one class, a chip has no
@@ -201,9 +201,9 @@ def find_unpaired(root, classes):
     chips = _by_class(folder / "EO")
     if strange := sorted(set(chips) - set(classes)):
         raise DataError(f"{folder}/EO: no classes of the pairs: {named(strange)}; rename them to {named(classes)}")
-    found = [(chips[name][key], label) for label, name in enumerate(classes) for key in sorted(chips.get(name, ()))]
-    print(f"{len(found)} labelled EO chips without a SAR chip are trained on as well")
-    return [path for path, _ in found], np.array([label for _, label in found], np.int64)
+    keys = [(label, name, key) for label, name in enumerate(classes) for key in sorted(chips.get(name, ()))]
+    print(f"{len(keys)} labelled EO chips without a SAR chip are trained on as well")
+    return [chips[name][key] for _, name, key in keys], np.array([label for label, *_ in keys], np.int64)
 
 
 def _folder_beside(root, name):

@@ -26,8 +26,8 @@ def match_prior(logits, teacher_counts, teacher_balance, counts, balance, class_
         torch.as_tensor(values, device=logits.device, dtype=logits.dtype)
         for values in (teacher_counts, counts, class_weights)
     )
-    log_prior = (1 - teacher_balance) * taught.log() + torch.where(alpha > 0, alpha, 1).log()
-    return logits + (1 - balance) * wanted.log() - log_prior
+    teacher_prior = (1 - teacher_balance) * taught.log() + torch.where(alpha > 0, alpha, 1).log()
+    return logits + ((1 - balance) * wanted.log() - teacher_prior)
 
 
 def _in_full_precision(loss):
