@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from data.layouts import find_test, image_ids, read_chips
+from data.labelled import find_test, image_ids, read_chips
 from data.store import MemoryBudget, open_store, place_stores, unreadable
 from utils.predict.clusters import choose_clustering
 from utils.predict.members import choose_score, load_members, set_views

@@ -1,6 +1,5 @@
 """What benchmarks/ablation.py measures on: the networks of a seed, and the labelled chips that they predict."""
 
-import csv
 import os
 import shutil
 import subprocess
@@ -14,16 +13,17 @@ from typing import NamedTuple
 import pretrain
 import results
 import sar_feature
-from data.layouts import (
+from data.files import read_table
+from data.labelled import (
     COLUMNS,
     FLAG_NOTE,
-    find_pairs,
     find_reference,
     find_test,
     find_validation,
     read_chips,
-    read_table,
+    write_reference,
 )
+from data.layouts import find_pairs
 from data.store import ChipStore, open_store
 from utils.predict.clusters import cluster_chips, suitable_clustering
 from utils.predict.members import load_members
@@ -285,11 +285,10 @@ def choosing_and_scored(data_root, test_dir, out):
     for name, chosen in (("val", ~scored), ("test", scored)):
         half = labelled.subset(np.flatnonzero(chosen[objects]))
         (partial / name).mkdir()
-        with open(partial / name / f"{name}_reference.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for path, label, ood in zip(half.paths, half.labels, half.ood, strict=True):
-                shutil.copy(path, partial / name)
-                writer.writerow((path.stem, "unknown" if ood else pairs.classes[label], int(ood)))
+        for path in half.paths:
+            shutil.copy(path, partial / name)
+        kinds = ("unknown" if label < 0 else pairs.classes[label] for label in half.labels)
+        rows = zip((path.stem for path in half.paths), kinds, half.ood, strict=True)
+        write_reference(partial / name / f"{name}_reference.csv", rows)
     partial.rename(cut)
     return str(cut), cut / "val", cut / "test"

@@ -7,7 +7,6 @@ The 826 pairs of the 2022 test show the same places again and again. Each of the
 are in val/, and those of all further pairs stand beside them as unknown chips. In the challenge's layout of 2024.
 """
 
-import csv
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.entities import discover
-from data.layouts import COLUMNS
+from data.labelled import write_reference
 from data.store import open_store
 from utils.run.settings import check, read_settings
 from utils.run.start import run
@@ -54,13 +53,12 @@ def main():
             folder = root / f"train/{sensor}_Train/place{place[i]}"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(paths[sensor][i], folder / f"{numbers[i]}.png")
-    with open(root / "val/validation_reference.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for i in np.flatnonzero(~train):
-            name, known = f"Gotcha{numbers[i]}", place[i] >= 0
-            shutil.copy(paths["SAR"][i], root / f"val/{name}.png")
-            writer.writerow((name, f"place{place[i]}" if known else "elsewhere", int(not known)))
+    rows = []
+    for i in np.flatnonzero(~train):
+        name, known = f"Gotcha{numbers[i]}", place[i] >= 0
+        shutil.copy(paths["SAR"][i], root / f"val/{name}.png")
+        rows.append((name, f"place{place[i]}" if known else "elsewhere", not known))
+    write_reference(root / "val/validation_reference.csv", rows)
     known = int((place >= 0).sum())
     print(
         f"{root}: places of {', '.join(map(str, sizes[largest]))} pairs; {train.sum()} training pairs, "

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results
-from data.layouts import find_test, read_chips
+from data.labelled import find_test, read_chips
 from data.store import MemoryBudget, open_store, place_stores
 from utils.predict.clusters import chip_numbers, cluster_chips, suitable_clustering
 from utils.predict.members import choose_score, load_members

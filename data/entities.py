@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data.errors import DataError
-from data.layouts import SUFFIXES, read_table
+from data.files import SUFFIXES, read_table
 from data.lock import locked
 from data.store import open_store, store_digest
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the processes that the tests start.
@@ -79,6 +80,12 @@ def run_ranks(ranks, script, cwd, *settings):
         [*launch, *map(str, (ROOT / script, *settings))], cwd=cwd, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
     )  # fmt: skip
+
+
+def write_chip(path, level=100):
+    """A grey image of 8 px, in folders that are made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
 
 
 def load(path):

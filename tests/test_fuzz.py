@@ -5,7 +5,7 @@ import runpy
 
 from data.decode import survey
 from data.errors import DataError
-from data.layouts import find_reference, read_labelled
+from data.labelled import find_reference, read_labelled
 from data.store import decode
 from models.backbone import BackboneError, Classifier
 from tests.conftest import ROOT

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from data.demo.scenes import FLIGHT_SHIFT, group_chips, plan_groups, plan_survey, survey_pairs
+from data.labelled import write_reference
 from data.layouts import OFFICIAL_CLASSES
 from data.lock import locked
 from data.workers import map_in_processes, may_fork
@@ -78,10 +79,8 @@ def _train_jobs(root, seed, train_counts):
 def _flight_jobs(folder, reference, seed, plan, shift):
     """Make the folder of a validation or test set and its reference; returns a job for each group."""
     folder.mkdir(parents=True)
-    rows = ["image_id,class,OOD_flag"]
-    for group in plan:
-        rows += [f"Gotcha{number},{group.kind},{int(group.kind not in OFFICIAL_CLASSES)}" for number in group.numbers]
-    (folder / reference).write_text("\n".join(rows) + "\n")
+    kinds = [(f"Gotcha{number}", group.kind) for group in plan for number in group.numbers]
+    write_reference(folder / reference, ((name, kind, kind not in OFFICIAL_CLASSES) for name, kind in kinds))
     return [(_write_group, folder, (*seed, i), group, shift) for i, group in enumerate(plan, 1)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.decode import EIGHT_BITS, decode, grey_levels
 from data.errors import DataError
-from data.layouts import find_chips
+from data.labelled import find_chips
 from data.store import ChipStore
 from utils.predict.members import choose_score, load_members, set_views
 from utils.predict.pipeline import PipelineSettings, run_pipeline

@@ -26,7 +26,7 @@ class Prediction:
         counts: number of training chips of each class, [C].
         vote: what the vote did, in words.
         nearest: [N, C] classes in the order of the distance from their mean feature to the chip, or None.
-        truth: labels [N] (-1 where out of distribution) and ood [N] bool, as of `data.layouts.Labelled`;
+        truth: labels [N] (-1 where out of distribution) and ood [N] bool, as of `data.labelled.Labelled`;
             None without a reference.
     """
 

@@ -1,7 +1,7 @@
 """Validation after each epoch: on labelled chips of the stage's sensor if the data set has them, else on pairs."""
 
 from data.errors import DataError
-from data.layouts import find_validation
+from data.labelled import find_validation
 from data.split import few_of_each
 from data.store import open_store, place_stores, unreadable
 from utils.predict.tta import IDENTITY, all_views, predict, scales_of

@@ -7,7 +7,8 @@ from pathlib import Path
 from data.demo import ensure_demo, write_demo, writer
 from data.demo.scenes import FRAMES, MIXED, VALIDATION, plan_groups, plan_survey
 from data.demo.writer import TEST_GROUPS, TEST_SCALE, TRAIN_COUNTS
-from data.layouts import OFFICIAL_CLASSES, find_pairs, find_test
+from data.labelled import find_test
+from data.layouts import OFFICIAL_CLASSES, find_pairs
 from tests.conftest import real_chips
 
 import numpy as np

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.layouts import find_chips
+from data.labelled import find_chips
 from tests.conftest import must, run_script
 from utils.predict import Predictor
 

@@ -1,6 +1,6 @@
 """A made-up prediction for the tests of the report."""
 
-from data.layouts import Labelled
+from data.labelled import Labelled
 from utils.report.prediction import Prediction
 
 import numpy as np
