@@ -84,7 +84,8 @@ def interleaved(names):
     rank = np.searchsorted(np.sort(ids), np.arange(len(order)), side="right") - 1
     block, position = np.divmod(rank, 5)
     run_of_chip = block * 5 + np.where(position < mixed_of_five, 0, position)
-    order = order[np.lexsort((random.random(len(order)), run_of_chip))]
+    # A sequence that is alone keeps the order of its frames.
+    order = order[np.lexsort((random.random(len(order)) * (position < mixed_of_five), run_of_chip))]
     steps = np.where(np.diff(np.sort(run_of_chip), prepend=-1) > 0, random.integers(150, 900), 0)
     renamed = np.empty(len(names), object)
     renamed[order] = [f"Gotcha{number}.png" for number in np.cumsum(steps + random.integers(1, 6, len(order)))]

@@ -12,6 +12,7 @@ from collections import Counter
 
 from data.augment import to_input, turn
 from data.entities import find_entities
+from data.labelled import find_chips
 from data.layouts import find_pairs, find_unlabelled
 from data.sampler import BalancedStream, WeightedStream
 from data.split import choose_labelled, split_pairs
@@ -295,6 +296,39 @@ def test_a_reference_may_name_the_classes_by_their_official_numbers(captured, ti
     reference.write_text(text)
     by_name, by_number = (captured(script, f"DATA_ROOT={root}")[2] for root in (tiny_demo, tmp_path / "data"))
     assert by_number.labels.tolist() == by_name.labels.tolist()
+
+
+@pytest.mark.parametrize("script, name", [("sar_feature.py", "TEACHER"), ("finetune.py", "STUDENT")])
+def test_entities_are_found_in_the_photographs_as_the_first_stage_read_them(
+    pipeline, captured, tmp_path, monkeypatch, script, name
+):
+    readings = []
+
+    def capture(*arguments):
+        readings.append(arguments[4])
+        return find_entities(*arguments)
+
+    monkeypatch.setattr("data.entities.find_entities", capture)
+    stage, other = ("pretrain" if name == "TEACHER" else "sar_feature"), (40, (10.0, 200.0))
+    torch.save(load(pipeline[0] / f"runs/{stage}/best.pt") | {"eo_reading": other}, tmp_path / "source.pt")
+    contents = captured(script, f"{name}={tmp_path}/source.pt")[4]
+    assert readings == [other] and contents["eo_reading"] == other
+
+
+def test_a_chip_that_one_member_cannot_read_is_predicted_by_none(pipeline, tiny_demo, tmp_path, monkeypatch):
+    cwd, _ = pipeline
+    checkpoint = load(cwd / "runs/finetune/best.pt")
+    torch.save(checkpoint | {"grey_range": (0.0, 200.0)}, tmp_path / "other.pt")
+    bad = iter((np.array([3]), np.array([5])))
+    monkeypatch.setattr("data.store.unreadable", lambda chips: next(bad))
+    monkeypatch.chdir(cwd)
+    settings = [f"CHECKPOINT=runs/finetune/best.pt,{tmp_path}/other.pt", "OUT_DIR=union", "TTA=False", "REPORT=False"]
+    monkeypatch.setattr(sys, "argv", ["results.py", *settings])
+    runpy.run_path(str(ROOT / "results.py"), run_name="__main__")
+    names = [path.stem.removeprefix("Gotcha") for path in find_chips(tiny_demo / "test")]
+    with open("union/results.csv", newline="") as file:
+        rows = [row["image_id"] for row in csv.DictReader(file)]
+    assert rows == [name for i, name in enumerate(names) if i not in (3, 5)]
 
 
 def test_without_kl_the_teacher_is_not_asked(captured, monkeypatch):

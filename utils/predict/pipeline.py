@@ -69,6 +69,7 @@ class Result(NamedTuple):
     clusters: int64 [N], 0..K-1.
     labels: int64 [N] after the vote, positions in the checkpoint's classes.
     belief: float 0..1, how far the vote believes the clusters.
+    calibrated: False if the mixture vote found no labelled chips, the same in all checkpoints, to calibrate by.
     shift: [C], what the vote added to the logits to move the classes' shares; 0 = nothing.
     chip_confidence: [N], each chip's own; higher = more in distribution.
     confidence: [N], by cluster_score.
@@ -79,6 +80,7 @@ class Result(NamedTuple):
     clusters: np.ndarray
     labels: np.ndarray
     belief: float
+    calibrated: bool
     shift: np.ndarray
     chip_confidence: np.ndarray
     confidence: np.ndarray
@@ -103,9 +105,10 @@ def run_pipeline(outputs, names, settings):
     logits = _mean_logits([output.logits for output in outputs])
     features, host_logits = _joint_features([output.features for output in outputs]), logits.cpu().numpy()
     clusters = cluster_chips(features, names, settings.cluster_by, settings.clusters, settings.sequence_gap)
-    belief, shift = 0.0, np.zeros(host_logits.shape[1])
+    belief, calibrated, shift = 0.0, True, np.zeros(host_logits.shape[1])
     if settings.vote == "mixture" and settings.cluster_by != "none":
         validation = _validation(outputs)
+        calibrated = validation is not None
         host_logits = host_logits / _temperature(validation)
         belief = belief_in_clusters(validation, host_logits, features, names, settings, clusters)
         counts = outputs[0].validation.get("counts")
@@ -121,7 +124,7 @@ def run_pipeline(outputs, names, settings):
         shared = [_with_shared_features(output, clusters, voted.share) for output in outputs]
         confidence = ood_confidence(shared, settings.ood_score, settings.temperature).cpu().numpy()
     probabilities = logits.softmax(1).cpu().numpy()
-    return Result(probabilities, features, clusters, voted.labels, voted.belief, shift, own, confidence)
+    return Result(probabilities, features, clusters, voted.labels, voted.belief, calibrated, shift, own, confidence)
 
 
 def _mean_logits(logits):
@@ -220,6 +223,8 @@ def describe_vote(result, classes, class_shares=0.0):
         f"{changed} of {len(result.labels)} labels changed; belief in the clusters {result.belief:.2f} of 1; labels "
         f"still differ in {differ} of {several} clusters of several chips"
     )
+    if not result.calibrated:
+        words += "; not calibrated, since the checkpoints have no labelled chips in common"
     if result.shift.any():
         most, least = result.shift.argmax(), result.shift.argmin()
         words += f"; class shares moved towards those of val/, from {classes[least]} ({result.shift[least]:+.1f}) to "

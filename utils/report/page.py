@@ -35,7 +35,7 @@ def describe_intervals(prediction):
     """The 95 % intervals of the last step's scores in a line of text; needs truth."""
     names = ("accuracy", "AUROC", "total")
     limits = (f"{name} {' to '.join(map(_number, prediction.intervals[name]))}" for name in names)
-    return f"95 % intervals (bootstrap over clusters): {', '.join(limits)}"
+    return f"95 % intervals (bootstrap over groups of chips): {', '.join(limits)}"
 
 
 def remove_old_scores(out_dir):
@@ -106,8 +106,8 @@ def _tiles(prediction):
         for name, value in list(prediction.scores.values())[-1].items():
             tiles[name] = _number(value), " to ".join(map(_number, prediction.intervals[name]))
         note += (
-            "<p><small>Below each score: its 95 % interval, from a bootstrap over clusters, because the "
-            "chips of a cluster are not independent.</small></p>"
+            "<p><small>Below each score: its 95 % interval, from a bootstrap over groups of frame numbers (without "
+            "such: over clusters), because the chips of one vehicle are not independent.</small></p>"
         )
     tiles |= {
         "chips": (f"{len(labels):,}", f"in {int(prediction.clusters.max()) + 1:,} clusters"),

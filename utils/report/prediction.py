@@ -20,6 +20,7 @@ class Prediction:
             order; the last step is the submission. A higher confidence is more in distribution.
         probabilities: [N, C] class probabilities before the vote, 0..1.
         clusters: [N] cluster of each chip, 0..K-1.
+        groups: [N] group of each chip, 0..G-1; the intervals take the chips of a group as dependent.
         features: [N, D].
         chips: function from indices, int64 [B], to the chips, uint8 [B, S, S].
         seconds: time per chip, s.
@@ -35,6 +36,7 @@ class Prediction:
     steps: dict
     probabilities: np.ndarray
     clusters: np.ndarray
+    groups: np.ndarray
     features: np.ndarray
     chips: Any
     seconds: float
@@ -75,8 +77,8 @@ class Prediction:
 
     @cached_property
     def intervals(self):
-        """{score: (low, high)} of the last step, 95 % intervals from a bootstrap over the clusters; needs truth."""
-        return intervals(self.labels, self.confidence, self.truth.labels, self.truth.ood, self.clusters)
+        """{score: (low, high)} of the last step, 95 % intervals from a bootstrap over the groups; needs truth."""
+        return intervals(self.labels, self.confidence, self.truth.labels, self.truth.ood, self.groups)
 
     @cached_property
     def confusion(self):

@@ -71,6 +71,7 @@ def test_the_mixture_vote_is_calibrated_on_the_validation_chips_of_the_checkpoin
     logits = output.logits.numpy() / calibration_temperature([calibrated])
     voted = vote(logits, clusters, belief=result.belief)
     assert (result.labels == voted.labels).all() and result.belief <= vote(logits, clusters).belief
+    assert result.calibrated and not run_pipeline([calibrated, output], NAMES, PipelineSettings("energy")).calibrated
 
 
 def test_the_cluster_score_follows_the_belief_in_the_clusters(monkeypatch):
@@ -117,6 +118,19 @@ def test_numbers_are_believed_where_they_mean_something(cluster_by):
     assert run_pipeline([output._replace(validation={})], names, by_features).belief == 0
 
 
+def test_clusters_of_labelled_chips_are_as_large_as_those_whose_belief_they_measure(monkeypatch):
+    output, names, _ = many_chips()
+    asked = []
+
+    def capture(features, names, by, clusters, *others):
+        asked.append((len(features), clusters))
+        return cluster_chips(features, names, by, clusters, *others)
+
+    monkeypatch.setattr("utils.predict.pipeline.cluster_chips", capture)
+    run_pipeline([output], names, PipelineSettings("energy", cluster_by="features", clusters=20))
+    assert asked == [(600, 20), (300, 10)]
+
+
 def test_class_shares_undo_what_a_shifted_network_prefers():
     output, names, classes = many_chips()
     shifted = output._replace(logits=output.logits + torch.tensor([4.0, 0.0, -4.0]))
@@ -138,7 +152,7 @@ def test_class_shares_undo_what_a_shifted_network_prefers():
 def test_what_the_vote_did_in_words():
     names = np.array([0, 0, 1, 1, 2])
     shift = np.array([0.24, -0.5, 0.26])
-    result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, shift, None, None)
+    result = Result(np.eye(3)[[0, 1, 2, 2, 1]], None, names, np.array([0, 0, 2, 1, 1]), 0.5, True, shift, None, None)
     start = (
         "2 of 5 labels changed; belief in the clusters 0.50 of 1; labels still differ in 1 of 2 clusters of several "
         "chips"
@@ -147,6 +161,8 @@ def test_what_the_vote_did_in_words():
     assert describe_vote(result, "abc") == start + moved
     without = result._replace(shift=0 * shift)
     assert describe_vote(without, "abc") == start
+    not_calibrated = "; not calibrated, since the checkpoints have no labelled chips in common"
+    assert describe_vote(without._replace(calibrated=False), "abc") == start + not_calibrated
     assert describe_vote(without, "abc", 0.5).startswith(f"{start}; CLASS_SHARES moved nothing: it needs")
 
 

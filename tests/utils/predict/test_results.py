@@ -7,6 +7,8 @@ import shutil
 
 from data.layouts import OFFICIAL_CLASSES
 from tests.conftest import load, must, run_script, same
+from utils.predict.clusters import cluster_chips
+from utils.report.metrics import intervals
 
 import numpy as np
 import pytest
@@ -59,6 +61,17 @@ def test_class_folders_and_official_numbers_give_the_scores_of_the_named_referen
         for name, (label, ood) in reference.items():
             writer.writerow([name, "" if ood else OFFICIAL_CLASSES.index(label), int(ood)])
     assert results(tmp_path / "numbers")[1] == expected
+
+
+def test_intervals_count_chips_of_one_vehicle_as_dependent_also_without_a_vote(results, reference, tiny_demo):
+    printed, _, rows = results(tiny_demo / "val", "CLUSTER_BY=none")
+    names = [f"Gotcha{row['image_id']}" for row in rows]
+    truth = (reference[name] for name in names)
+    labels = np.array([-1 if ood else OFFICIAL_CLASSES.index(kind) for kind, ood in truth])
+    answer = np.array([int(row["class_id"]) for row in rows]), np.array([float(row["score"]) for row in rows])
+    groups = cluster_chips(np.zeros((len(names), 1)), names, "sequence")
+    low, high = intervals(*answer, labels, labels < 0, groups)["accuracy"]
+    assert groups.max() + 1 < len(names) and f"accuracy {low:.3f} to {high:.3f}" in printed
 
 
 @pytest.mark.parametrize("name", [

@@ -15,7 +15,7 @@ def make_prediction(count=30, classes=CLASSES, ood="some", truth=True, groups=8,
         count: number of chips; with more than 30, the map of features takes t-SNE, which is slow.
         ood: which chips are out of distribution: "some" (about a quarter), "none" or "all".
         truth: False for a prediction without a reference.
-        groups: number of clusters.
+        groups: number of clusters, which are the groups.
         fields: of Prediction, instead of the random ones.
     """
     random = np.random.default_rng(0)
@@ -38,6 +38,7 @@ def make_prediction(count=30, classes=CLASSES, ood="some", truth=True, groups=8,
         },
         "probabilities": probabilities,
         "clusters": np.arange(count) % groups,
+        "groups": np.arange(count) % groups,
         "features": random.normal(size=(count, 6)),
         "chips": chips.__getitem__,
         "seconds": 0.002,
