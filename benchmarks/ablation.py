@@ -12,6 +12,7 @@ them into OUT_DIR, with the scores of every seed (ablation.csv) and a picture (a
 """
 
 import csv
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,7 @@ from utils.predict.tta import IDENTITY, tta_views
 from utils.predict.vote import HOW
 from utils.report.metrics import resampled_groups
 from utils.run.files import atomic_file
-from utils.run.settings import read_settings
+from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
 
 import matplotlib
@@ -72,6 +73,7 @@ def main():
     ensure_demo(DATA_ROOT)  # before the seeds start at the same time
     threads = max(1, (os.cpu_count() or 1) // JOBS)
     torch.set_num_threads(threads)
+    refuse_other_settings()
     root, choosing, scored = choosing_and_scored(DATA_ROOT, TEST_DIR, OUT_DIR)
     chips = {"validation": LabelledChips(choosing, root), "test": LabelledChips(scored, root)}
 
@@ -90,12 +92,30 @@ def main():
     print(text)
 
 
+def refuse_other_settings():
+    """Store in OUT_DIR what its networks and scores depend on.
+
+    Raises:
+        SettingError: they were made with other values.
+    """
+    made_with = {"DATA_ROOT": DATA_ROOT, "TEST_DIR": TEST_DIR, "BACKBONE": BACKBONE, "TRAIN_EPOCHS": TRAIN_EPOCHS}
+    path = Path(OUT_DIR, "settings.json")
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        check(before == made_with, f"{OUT_DIR} was made with {before}, not {made_with}; set another OUT_DIR")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made_with), encoding="utf-8")
+
+
 def measured(experiments, group, measure):
     """The rows of a group for each set of chips; they are read again if they were measured before."""
     networks, rows = experiments["test"].networks, {}
-    folder = networks.out / f"seed{networks.seed}"
+    folder, name = networks.out / f"seed{networks.seed}", group.split(" (")[0].replace(" ", "_")
+    if group == "ensemble":
+        name += "_" + "_".join(map(str, member_seeds(networks.seed)))
     for which, experiment in experiments.items():
-        finished = folder / f"{group.split(' (')[0].replace(' ', '_')}_{which}.npz"
+        finished = folder / f"{name}_{which}.npz"
         if not finished.exists():
             answers = measure(experiment)
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +194,9 @@ def differences(row, other):
 each_adds_to_the_one_above = {"step by step", "ensemble"}
 rivals = {f"{share} % of the labels, KL": f"{share} % of the labels, no KL" for share in SHARES}
 rivals["all labels, KL, prior not matched"] = "all labels, KL"
+rivals["the default's, KL"] = "half, KL"
+adjusted = "its logits adjusted, tau = 1", "its head tau-normalised, tau = 1"
+rivals |= dict.fromkeys(adjusted, "of a student of BALANCE=0")
 
 
 def step_by_step(experiment):
@@ -197,11 +220,11 @@ def one_step_less(experiment):
     return {
         "complete": score(head),
         "without KL": score(experiment.output("head_no_kl")),
-        # The features are the same, so the OOD scores are those of the trained head's checkpoint.
-        "without the head's training": score(experiment.output(STUDENT)._replace(ood=head.ood)),
+        "without the head's training": score(experiment.untrained_head()),
         # The head and the OOD scores are fitted on one view as well.
         "without views": score(experiment.output("head_one_view")),
-        "without the vote": score(head, settings=replace(COMPLETE, cluster_by="none")),
+        # The confidence of a chip is then its own as well.
+        "without clusters": score(head, settings=replace(COMPLETE, cluster_by="none")),
         "without numbers in the file names": score(head, settings=replace(COMPLETE, cluster_by="features")),
         "without Gaussian features": score(head, settings=replace(COMPLETE, ood_score=NO_FIT)),
     }
@@ -209,11 +232,15 @@ def one_step_less(experiment):
 
 def ensemble(experiment):
     """The whole pipeline with the heads of one seed and of the seeds after it."""
-    after = SEEDS[SEEDS.index(experiment.networks.seed) :] + SEEDS[: SEEDS.index(experiment.networks.seed)]
-    members = [experiment.output(HEAD)]
-    members += [experiment.other_seed(seed).output(HEAD) for seed in after[1:3]]
+    members = [experiment.other_seed(seed).output(HEAD) for seed in member_seeds(experiment.networks.seed)]
     names = ["one member", "two members", "three members"]
     return {names[n]: experiment.score(*members[: n + 1]) for n in range(len(members))}
+
+
+def member_seeds(seed):
+    """This seed, and the next two of SEEDS."""
+    start = SEEDS.index(seed)
+    return (SEEDS[start:] + SEEDS[:start])[:3]
 
 
 def in_one_view(rows):
@@ -226,17 +253,20 @@ def heads(experiment):
         "the student's": STUDENT, "trained, classes equally often": HEAD,
         "trained, chips as they are": "head_as_they_are",
     })(experiment)  # fmt: skip
-    # Without training: the student's head corrected for the long tail, and the Gaussians of the classes.
-    student, fitted = experiment.output(STUDENT, IDENTITY), experiment.output(HEAD).ood[DEFAULT]
-    weight, bias = student.head.weight.detach(), student.head.bias.detach()
-    logits = {
-        "logit adjustment, tau = 0.5": student.logits - 0.5 * fitted["log_prior"],
-        "tau-normalisation, tau = 0.5": (student.logits - bias) / weight.norm(dim=1).sqrt(),
-        "Gaussian of each class": log_densities(student.features, without_background(fitted)),
+    # Without training: the head of a student that saw the classes as they are, corrected for the long tail, and the
+    # Gaussians of the classes, which are fitted on the mean over the views.
+    student, long_tailed = experiment.output(STUDENT, IDENTITY), experiment.output("as_they_are", IDENTITY)
+    fitted = experiment.output(HEAD).ood[DEFAULT]
+    weight, bias = long_tailed.head.weight.detach(), long_tailed.head.bias.detach()
+    outputs = {
+        "of a student of BALANCE=0": long_tailed,
+        "its logits adjusted, tau = 1": long_tailed._replace(logits=long_tailed.logits - fitted["log_prior"]),
+        "its head tau-normalised, tau = 1": long_tailed._replace(
+            logits=(long_tailed.logits - bias) / weight.norm(dim=1)
+        ),
+        "Gaussian of each class": student._replace(logits=log_densities(student.features, without_background(fitted))),
     }
-    return rows | {
-        name: experiment.score(student._replace(logits=values), settings=NO_VOTE) for name, values in logits.items()
-    }
+    return rows | {name: experiment.score(output, settings=NO_VOTE) for name, output in outputs.items()}
 
 
 def views(experiment):

@@ -24,6 +24,7 @@ from data.labelled import (
     write_reference,
 )
 from data.layouts import find_pairs
+from data.split import choose_labelled
 from data.store import ChipStore, open_store
 from utils.predict.clusters import cluster_chips, suitable_clustering
 from utils.predict.members import load_members
@@ -57,17 +58,19 @@ class Network(NamedTuple):
     script, settings: its script, and what differs from the script's defaults.
     source: the network that it starts from.
     epochs: by default; times: how many times these, or those that are asked for, it takes.
+    share: of the pairs of each class that it learns from, in as many steps as other networks take for all pairs.
     """
 
     script: str
     settings: tuple = ()
     source: str = ""
     epochs: int = sar_feature.EPOCHS  # every SAR network takes as many optimizer steps as a distilled one
-    times: int = 1
+    times: float = 1
+    share: float = 1
 
 
-def _student(*settings, source=TEACHER, times=1):
-    return Network("sar_feature.py", settings, source, times=times)
+def _student(*settings, source=TEACHER):
+    return Network("sar_feature.py", settings, source)
 
 
 def _mutual(*settings):
@@ -88,7 +91,7 @@ NETWORKS = {
     PLAIN: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", "GAMMA=0", "BALANCE=0", "TRAIN_SCALES=1")),
     SCRATCH: Network("pretrain.py", ("SENSOR=SAR", "SPECKLE=0.1", f"BALANCE={sar_feature.BALANCE}")),
     TEACHER: Network("pretrain.py", epochs=pretrain.EPOCHS),
-    "short_teacher": Network("pretrain.py", epochs=pretrain.EPOCHS // 2),
+    "short_teacher": Network("pretrain.py", epochs=pretrain.EPOCHS, times=0.5),
     STUDENT: _student(),
     HEAD: _head(),
     "cross_entropy": _student("GAMMA=0"),
@@ -119,9 +122,8 @@ NETWORKS = {
     "head_one_view": _head("ALL_VIEWS=False"),
     "head_no_kl": _head(source="no_kl"),
     **{f"kl_{share}": _student(f"LABELLED_SHARE={share / 100}") for share in SHARES},
-    # Twenty epochs of a twentieth of the pairs are as many steps as one epoch of all.
     **{
-        f"no_kl_{share}": _student(f"LABELLED_SHARE={share / 100}", "KL_WEIGHT=0", times=100 // share)
+        f"no_kl_{share}": _student(f"LABELLED_SHARE={share / 100}", "KL_WEIGHT=0")._replace(share=share / 100)
         for share in SHARES
     },
 }
@@ -153,14 +155,19 @@ class Networks:
         return folder / "best.pt"
 
     def _train(self, name, folder):
-        script, settings, source, epochs, times = NETWORKS[name]
+        script, settings, source, epochs, times, share = NETWORKS[name]
         settings = [*settings, f"SEED={self.seed}", f"OUT_DIR={folder}", f"STORE_DIR={self.out / 'chips'}"]
         if script == "pretrain.py":
             settings += [f"DATA_ROOT={self.data_root}", f"BACKBONE={self.backbone}"]
         else:
             settings += [f"{'STUDENT' if script == 'finetune.py' else 'TEACHER'}={self.best(source)}"]
         if script != "finetune.py":  # the heads keep their own epochs
-            settings += [f"EPOCHS={(self.epochs or epochs) * times}"]
+            epochs = round((self.epochs or epochs) * times)
+            if share < 1:
+                longer = self._steps_an_epoch() / self._steps_an_epoch(share)
+                settings += [f"WARMUP_EPOCHS={sar_feature.WARMUP_EPOCHS * longer}"]
+                epochs = round(epochs * longer)
+            settings += [f"EPOCHS={epochs}"]
         process = subprocess.run(
             [sys.executable, str(ROOT / script), *settings],
             env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}, capture_output=True, text=True,
@@ -168,6 +175,12 @@ class Networks:
         if process.returncode:
             raise SystemExit(f"{script} {' '.join(settings)} failed:\n{process.stderr}")
         print(f"trained: {script} {' '.join(settings)}", flush=True)
+
+
+    def _steps_an_epoch(self, share=1):
+        """Of a network that learns from this share of the pairs; all of them train, since val/ has labels."""
+        pairs = choose_labelled(find_pairs(self.data_root).labels, share).sum()
+        return -(-pairs // sar_feature.BATCH_SIZE)
 
 
 class LabelledChips:
@@ -228,6 +241,15 @@ class Experiment:
         result = run_pipeline(list(outputs), self.chips.names, replace(settings, cluster_by=cluster_by))
         return result.labels, result.confidence
 
+    def untrained_head(self):
+        """`Output` of the student's own head, with views, OOD scores and calibration of the trained head's checkpoint.
+
+        The backbone is the same, so what finetune.py fits on features holds for both heads.
+        """
+        (member,) = load_members(self.networks.best(HEAD), torch.device("cpu"))
+        fitted = {key: member.checkpoint[key] for key in ("ood", "validation")}
+        return self.output(STUDENT, member.views)._replace(**fitted)
+
     def one_view(self, network):
         """The answer of a network that predicts each chip from one view, without a vote."""
         return self.score(self.output(network, IDENTITY), settings=NO_VOTE)
@@ -250,7 +272,9 @@ def objects_of(root, names):
         stems = [Path(name).stem for name in names]
         check(set(stems) <= set(fragment_of), f"{sources} does not have every chip; move it away to group by numbers")
         return np.unique([fragment_of[stem] for stem in stems], return_inverse=True)[1]
-    numbered, _ = suitable_clustering("sequence", names)
+    numbered, why_not = suitable_clustering("sequence", names)
+    if why_not:
+        print(f"{root}: each chip counts as an object, so intervals may be too narrow. {why_not}", flush=True)
     return cluster_chips(np.zeros((len(names), 1)), names, numbered)
 
 
@@ -263,8 +287,10 @@ def choosing_and_scored(data_root, test_dir, out):
     root, pairs = Path(data_root), find_pairs(data_root)
     if test_dir:
         return data_root, root / "val", Path(test_dir)
-    if any((root / name).is_dir() for name in ("test", "test_images")) and find_reference(find_test(root)):
-        return data_root, root / "val", find_test(root)
+    if any((root / name).is_dir() for name in ("test", "test_images")):
+        test = find_test(root)
+        if read_chips(test, pairs.classes, pairs.class_ids)[1]:
+            return data_root, root / "val", test
     labelled = find_validation(root, pairs.classes, pairs.class_ids)
     check(labelled, f"{root} has no labelled chips in val/ or test/; set TEST_DIR")
     cut = Path(out, "data")
@@ -280,7 +306,7 @@ def choosing_and_scored(data_root, test_dir, out):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for entry in root.iterdir():
-        if entry.name != "val":
+        if entry.name not in ("val", "test"):
             (partial / entry.name).symlink_to(entry.resolve())
     for name, chosen in (("val", ~scored), ("test", scored)):
         half = labelled.subset(np.flatnonzero(chosen[objects]))
