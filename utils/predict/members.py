@@ -95,10 +95,10 @@ def set_views(members, rotations=(), scales=(), tta=True):
     for member in members:
         views = replace_views(member.views, rotations, scales) if tta else IDENTITY
         member.model.check_sizes({scaled(member.checkpoint["image_size"], scale) for _, scale in views})
-        if (rotations or scales) and set(views) != set(member.views):
+        if set(views) != set(member.views):
             print(
-                f"{member.path}: its head and its OOD scores know {_describe(member.views)}; "
-                f"ROTATIONS and SCALES set {_describe(views)}"
+                f"{member.path}: its head and its OOD scores were fitted for {_describe(member.views)}; the settings "
+                f"ask for {_describe(views)}"
             )
         changed.append(replace(member, views=views))
     return changed

@@ -50,14 +50,17 @@ def test_a_fit_of_other_features_is_refused(make_checkpoint, change):
 def test_views_are_those_of_the_checkpoint_until_others_are_set(make_checkpoint, capsys):
     members = load_members(make_checkpoint(views=((0, 1.0), (4, 1.0), (0, 1.25), (4, 1.25))), CPU)
     assert set_views(members)[0].views == members[0].views
-    assert set_views(members, tta=False)[0].views == IDENTITY
     assert set(set_views(members, (), ("1.25", "1"))[0].views) == set(members[0].views)
     assert not capsys.readouterr().out
     assert set_views(members, ("0", "90"), ("1",))[0].views == tta_views((0, 90), (1.0,))
-    assert capsys.readouterr().out.endswith(
-        "best.pt: its head and its OOD scores know 4 views (rotations 0 degrees, as it is and flipped; scales "
-        "1, 1.25); ROTATIONS and SCALES set 4 views (rotations 0, 90 degrees, as it is and flipped; scales 1)\n"
+    fitted_for = (
+        "best.pt: its head and its OOD scores were fitted for 4 views (rotations 0 degrees, as it is and flipped; "
+        "scales 1, 1.25); the settings ask for "
     )
+    others = "4 views (rotations 0, 90 degrees, as it is and flipped; scales 1)\n"
+    assert capsys.readouterr().out.endswith(fitted_for + others)
+    assert set_views(members, tta=False)[0].views == IDENTITY
+    assert capsys.readouterr().out.endswith(fitted_for + "1 view (rotations 0 degrees; scales 1)\n")
     with pytest.raises(ValueError, match="does not take inputs of 1 px|SCALES"):
         set_views(members, (), (0.0,))
 
