@@ -3,8 +3,9 @@
 python benchmarks/mutual.py [NAME=VALUE ...]   writes best.pt, last.pt, history.csv, curves.png of the SAR network
 
 benchmarks/ablation.py runs it. Batches, first weights and number of steps are those of sar_feature.py, so that only
-the method differs: the EO network is not frozen, and KL goes both ways. The first of the 2026 challenge names two-way
-KL, draws by entity and MixStyle as the parts of its method; all three are settings here.
+the method differs: the EO network is not frozen, and KL goes both ways. The gradients of both networks are clipped by
+one norm, and pairs without labels are left aside. The first of the 2026 challenge names two-way KL, draws by entity and
+MixStyle as the parts of its method; all three are settings here.
 
 Sources: Zhang et al., "Deep Mutual Learning", CVPR 2018, equations 2 to 4; Zhou et al., "Domain Generalization with
 MixStyle", ICLR 2021, equations 3 to 6.
