@@ -219,10 +219,12 @@ def describe_vote(result, classes, class_shares=0.0):
     several = (np.bincount(result.clusters) > 1).sum()
     labels_of_cluster = np.unique(np.stack((result.clusters, result.labels)), axis=1)[0]
     differ = (np.bincount(labels_of_cluster) > 1).sum()
-    words = (
-        f"{changed} of {len(result.labels)} labels changed; belief in the clusters {result.belief:.2f} of 1; labels "
-        f"still differ in {differ} of {several} clusters of several chips"
-    )
+    words = f"{changed} of {len(result.labels)} labels changed; "
+    if several:
+        words += f"belief in the clusters {result.belief:.2f} of 1; labels still differ in {differ} of {several} "
+        words += "clusters of several chips"
+    else:
+        words += "each chip is a cluster of its own"
     if not result.calibrated:
         words += "; not calibrated, since the checkpoints have no labelled chips in common"
     if result.shift.any():
