@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.labelled import find_test, image_ids, read_chips
 from data.store import MemoryBudget, open_store, place_stores, unreadable
-from utils.predict.clusters import choose_clustering, cluster_chips, suitable_clustering
+from utils.predict.clusters import choose_clustering, dependent_chips
 from utils.predict.members import choose_score, load_members, set_views
 from utils.predict.pipeline import PipelineSettings, describe_vote, nearest_classes, run_pipeline
 from utils.predict.submission import write_submission
@@ -100,9 +100,8 @@ def main():
     of_vote = describe_vote(result, first["classes"], CLASS_SHARES)
     print(f"vote: {of_vote}")
 
-    # Scores after each step, and the report. Chips with nearby frame numbers are dependent, whatever the vote does.
-    has_frames = suitable_clustering("auto", names, SEQUENCE_GAP)[0] == "both"
-    groups = cluster_chips(result.features, names, "sequence", 0, SEQUENCE_GAP) if has_frames else result.clusters
+    # Scores after each step, and the report.
+    groups = dependent_chips(names, result.clusters, SEQUENCE_GAP)
     steps = {
         "+ TTA" if several_views else "one view": (result.probabilities.argmax(1), result.chip_confidence),
         "+ vote": (result.labels, result.chip_confidence),

@@ -176,7 +176,6 @@ class Networks:
             raise SystemExit(f"{script} {' '.join(settings)} failed:\n{process.stderr}")
         print(f"trained: {script} {' '.join(settings)}", flush=True)
 
-
     def _steps_an_epoch(self, share=1):
         """Of a network that learns from this share of the pairs; all of them train, since val/ has labels."""
         pairs = choose_labelled(find_pairs(self.data_root).labels, share).sum()

@@ -125,9 +125,8 @@ def read_labelled(paths, reference, classes, class_ids):
     Args:
         paths: chips.
         reference: CSV with the columns image_id (with or without extension, and without the prefix if the chips'
-            numbers differ), class
-            (a name of `classes`, or a number of `class_ids`) and OOD_flag (0 or 1; for 1 the class is
-            ignored).
+            numbers differ), class (a name of `classes`, or a number of `class_ids`) and OOD_flag (0 or 1; for 1 the
+            class is ignored).
         classes: class names, position = label.
         class_ids: for each class its number in a submission.
 

@@ -86,6 +86,16 @@ def cluster_chips(features, names, by="both", clusters=0, sequence_gap=100):
     return ids
 
 
+def dependent_chips(names, clusters, sequence_gap=100):
+    """Groups of chips that may show one vehicle, int64 [N]: sequences of frame numbers, whatever the vote clusters by.
+
+    names: N file names; without frame numbers the groups are the `clusters`, int [N].
+    """
+    if suitable_clustering("auto", names, sequence_gap)[0] != "both":
+        return clusters
+    return cluster_chips(np.zeros((len(names), 1)), names, "sequence", sequence_gap=sequence_gap)
+
+
 def choose_clustering(by, names, sequence_gap=100):
     """What `cluster_chips` is to cluster by, of `suitable_clustering`; prints why, unless it is `by` itself."""
     chosen, sentence = suitable_clustering(by, names, sequence_gap)

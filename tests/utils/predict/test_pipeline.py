@@ -161,8 +161,8 @@ def test_what_the_vote_did_in_words():
     assert describe_vote(result, "abc") == start + moved
     without = result._replace(shift=0 * shift)
     assert describe_vote(without, "abc") == start
-    alone = without._replace(clusters=np.arange(5), labels=without.probabilities.argmax(1))
-    assert describe_vote(alone, "abc") == "0 of 5 labels changed; each chip is a cluster of its own"
+    single_chips = without._replace(clusters=np.arange(5), labels=without.probabilities.argmax(1))
+    assert describe_vote(single_chips, "abc") == "0 of 5 labels changed; each chip is a cluster of its own"
     not_calibrated = "; not calibrated, since the checkpoints have no labelled chips in common"
     assert describe_vote(without._replace(calibrated=False), "abc") == start + not_calibrated
     assert describe_vote(without, "abc", 0.5).startswith(f"{start}; CLASS_SHARES moved nothing: it needs")
