@@ -26,7 +26,7 @@ from utils.run.start import run as run_script
 from utils.train.feature_cache import FrozenCache
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips
+from utils.train.validation import Validation, labelled_chips, unseen_pairs
 
 import numpy as np
 import torch
@@ -110,7 +110,8 @@ def main():
         validate.leave_out_scales(model)
     if NEW_HEAD:  # only now: the scales are compared by the head of the student
         model.head.reset_parameters()
-    contents = source | {"data_root": root, "entities": listed, "views": validate.views}
+    unseen = unseen_pairs(pairs, train.held_out, source, STUDENT)
+    contents = source | {"data_root": root, "entities": listed, "views": validate.views, "held_out": unseen}
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every
     # scale that the student knows. A step takes one of them, or the head would forget the others.

@@ -22,7 +22,7 @@ from utils.run.settings import check, read_settings
 from utils.run.start import run as run_script
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips
+from utils.train.validation import Validation, labelled_chips, unseen_pairs
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def main():
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
-        "labelled_share": 1.0, "eo_reading": eo_reading,
+        "labelled_share": 1.0, "eo_reading": eo_reading, "held_out": unseen_pairs(pairs, train.held_out),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = store.subset(train.held_out), pairs.labels[train.held_out]

@@ -24,7 +24,7 @@ from utils.run.start import run as run_script
 from utils.train.feature_cache import FrozenCache
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips
+from utils.train.validation import Validation, labelled_chips, unseen_pairs
 
 import numpy as np
 import torch
@@ -84,9 +84,9 @@ def main():
     source = load_checkpoint(TEACHER, "pretrain.py", sensor="EO", stages=("pretrain",))
     backbone, size = BACKBONE or source["backbone"], source["image_size"]
     check(
-        KL_WEIGHT or LABELLED_SHARE or INIT == "teacher",
+        KL_WEIGHT or LABELLED_SHARE and LABEL_WEIGHT or INIT == "teacher",
         "without KL and labels nothing trains the head of a student that does not start from the teacher; set "
-        "KL_WEIGHT, LABELLED_SHARE or INIT=teacher",
+        "KL_WEIGHT, LABELLED_SHARE and LABEL_WEIGHT, or INIT=teacher",
     )
     check(
         INIT != "teacher" or backbone == source["backbone"],
@@ -121,6 +121,8 @@ def main():
     unknown = [-1] * len(further_eo)
     train = choose_training(pairs, entities, fraction, *bad, labelled_share=LABELLED_SHARE, further=unknown)
     if not KL_WEIGHT and not FEATURE_WEIGHT:
+        if not train.has_label.all():
+            print(f"without KL the {(~train.has_label).sum()} pairs without labels are left out")
         train = train.labelled()
         check(len(train.labels), "without KL and labels there is nothing to learn; raise KL_WEIGHT or LABELLED_SHARE")
     eo_grey, sar_grey = source["grey"], grey_statistics(sar_chips, train.indices)
@@ -131,7 +133,10 @@ def main():
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
         train = train.with_labels(seen.argmax(1).cpu().numpy())
         print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others learn from the teacher")
-    counts = np.bincount(train.labels, minlength=len(pairs.classes)).clip(1)  # as they are drawn
+    trained, drawn = source["settings"], np.bincount(train.labels, minlength=len(pairs.classes)).clip(1)
+    taught_counts, counts, class_weights = (
+        torch.tensor(values, device=device) for values in (source["counts"], drawn, trained["CLASS_WEIGHTS"])
+    )
     stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, train.entities, BALANCE_ENTITIES)
     of_train = sar.subset(train.indices), [sar_paths[i] for i in train.indices]
     batches = Batches(stream, train.labels, device, EPOCHS, *of_train, (rank(), world_size()))
@@ -142,10 +147,7 @@ def main():
         features = view_features(teacher, eo_train, size, eo_grey, indices, views)
         logits = teacher.head(features)
         if MATCH_PRIOR:
-            trained = source["settings"]
-            logits = match_prior(
-                logits, source["counts"], trained["BALANCE"], counts, BALANCE, trained["CLASS_WEIGHTS"]
-            )
+            logits = match_prior(logits, taught_counts, trained["BALANCE"], counts, BALANCE, class_weights)
         return torch.cat((features, logits), 1) if FEATURE_WEIGHT else logits
 
     teacher_outputs = ask_teacher
@@ -179,6 +181,7 @@ def main():
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
         "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE, "counts": pairs.counts,
+        "held_out": unseen_pairs(pairs, train.held_out, source, TEACHER),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]

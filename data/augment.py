@@ -146,7 +146,9 @@ def rotate(images, most, share=None):
         return images
     rows, total = share or Share(slice(None), len(images))
     angle = (torch.rand(total, device=images.device)[rows] * 2 - 1) * math.radians(most)
-    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
-    matrices = torch.stack((cos, -sin, zero, sin, cos, zero), 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
+    # Not F.affine_grid: it multiplies matrices, which under autocast gives positions in bf16.
+    centres = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
+    x, y = centres[None, None, :], centres[None, :, None]
+    grid = torch.stack((cos * x - sin * y, sin * x + cos * y), -1)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -29,9 +29,11 @@ EIGHT_BITS, SIXTEEN_BITS = (0.0, 255.0), (0.0, 65535.0)  # black and white of fi
 DEPTHS = (8, 10, 12, 14, 16)  # bits that integers in wider files have, each four times the range of the one before
 PERCENTILES = (0.1, 99.9)  # of the pixels, which become black and white
 SURVEYED = 250  # files of a data set whose headers are read, and ...
+COMMON = 0.2  # share of these files from which a side is the common one; below it the sides are all different
 SURVEYED_PIXELS = 10_000  # ... pixels of each, if it has more than 8 bits
 OUTSIDE = 0.9  # share of pixels above white, or below black, from which a file cannot belong to the others
-SAMPLE_FORMAT = 339  # TIFF tag
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+WHITE_IS_ZERO = 0  # value of PHOTOMETRIC
 ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # of Pillow's image.info
 # What Pillow and numpy raise for files that are not images; it depends on their versions.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -44,19 +46,21 @@ class Decoded(NamedTuple):
     unreadable: {index: "file (what is wrong with it)"}; their chips are black.
     multipage: files with more than one page, of which the first is taken.
     not_finite: {file: number of its pixels that are NaN or infinite}; these pixels are black.
+    outside: share of all pixels that are darker than black or brighter than white.
     digest: hex string, equal for equal pixels in equal order, whatever the files are called.
     """
 
     unreadable: dict
     multipage: list
     not_finite: dict
+    outside: float
     digest: str
 
 
 class Survey(NamedTuple):
     """What some hundred files, spread evenly over a data set, say of it.
 
-    side: the most common longest side, px; at most MAX_SIDE.
+    side: the most common longest side, px; the median, if fewer than a fifth have that; at most MAX_SIDE.
     grey_range: (black, white) of `decode`, floats: (0, 255) if all of these files have 8 bits; of unsigned
         integers (0, 2^b - 1) for the least b of DEPTHS that holds 99.9 % of the pixels; else two percentiles.
     """
@@ -66,11 +70,13 @@ class Survey(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A decoded file: levels uint8 [H, W], whether it has several pages, number of its pixels that are not finite."""
+    """A decoded file: levels uint8 [H, W], whether it has several pages, number of its pixels that are not finite,
+    share of its pixels outside black and white."""
 
     levels: np.ndarray
     multipage: bool
     not_finite: int
+    outside: float
 
 
 def decode(path, side=None, grey_range=None):
@@ -109,8 +115,8 @@ def _decode(path, side, grey_range):
     """The file as `_File`."""
     values, multipage = _values(path)
     try:
-        levels, not_finite = _to_levels(values, grey_range)
-        return _File(_resized(levels, side), multipage, not_finite)
+        levels, not_finite, outside = _to_levels(values, grey_range)
+        return _File(_resized(levels, side), multipage, not_finite, outside)
     except UNREADABLE as error:
         raise DataError(reason(error)) from error
 
@@ -162,14 +168,29 @@ def _values_of_array(array):
 
 def _values_of_image(image, may_be_turned=True):
     """The values of a PIL image, [H, W], upright as its EXIF orientation says. A damaged EXIF block is ignored."""
-    signed = _is_signed(image)
+    signed, tags = _is_signed(image), image.tag_v2 if image.format == "TIFF" else {}
     if may_be_turned:
         with contextlib.suppress(*UNREADABLE):
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
+        return _wide_values(image, tags)
     image = _grey(image)
     return np.frombuffer(image.tobytes(), np.int8 if signed else np.uint8).reshape(image.height, image.width)
+
+
+def _wide_values(image, tags):
+    """The values of an image of more than 8 bits; Pillow ignores two tags of a TIFF there.
+
+    tags: {number: value} of a TIFF.
+    """
+    values = np.asarray(image)
+    if values.dtype == np.int32 and tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
+        values = values.view(np.uint32)  # Pillow takes them as signed
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        if values.dtype.kind != "u":
+            raise ValueError("0 is white in it, as its tag PhotometricInterpretation says; save it with 0 as black")
+        values = np.iinfo(values.dtype).max - values
+    return values
 
 
 def _check_size(height, width):
@@ -183,24 +204,24 @@ def _is_signed(image):
 
 
 def _to_levels(values, grey_range):
-    """Levels, uint8 [H, W], and the number of pixels that are not finite, of values [H, W]."""
+    """Levels, uint8 [H, W], of values [H, W]; number of pixels that are not finite, and share of those outside."""
     if values.dtype == np.uint8:
-        return values, 0
+        return values, 0, 0.0
     if grey_range is None:
         if values.dtype.kind == "f":
             raise ValueError("floating-point levels have no fixed black and white; set GREY_RANGE")
         grey_range = SIXTEEN_BITS
     (black, white), numbers, finite = grey_range, values.astype(np.float64), np.isfinite(values)
     low, high = numbers.min(initial=math.inf, where=finite), numbers.max(initial=-math.inf, where=finite)
-    outside = max((numbers[finite] > white).sum(), (numbers[finite] < black).sum())
-    if low < high and outside > OUTSIDE * values.size:  # a chip of one level is an empty one
+    brighter, darker = (numbers[finite] > white).sum(), (numbers[finite] < black).sum()
+    if low < high and max(brighter, darker) > OUTSIDE * finite.sum():  # a chip of one level is an empty one
         fitting = "{:g},{:g}".format(*_choose_range([values]))
         raise ValueError(
             f"nearly all of its levels, {low:g} to {high:g}, are outside GREY_RANGE={black:g},{white:g}; train with "
             f"GREY_RANGE={fitting}, or convert the file to levels of {black:g} to {white:g}"
         )
     shares = ((np.where(finite, numbers, black) - black) / (white - black)).clip(0, 1)
-    return np.rint(255 * shares).astype(np.uint8), int((~finite).sum())
+    return np.rint(255 * shares).astype(np.uint8), int((~finite).sum()), float(brighter + darker) / values.size
 
 
 def _grey(image):
@@ -223,7 +244,9 @@ def survey(paths):
                 values.append(_values(path)[0])
         except (DataError, *UNREADABLE):
             continue  # `decode_all` reports it with all others
-    side = min(int(np.bincount(sides).argmax()), MAX_SIDE) if sides else 1
+    counts = np.bincount(sides or [1])
+    side = int(counts.argmax() if counts.max() >= COMMON * len(sides) else np.median(sides))
+    side = min(side, MAX_SIDE)
     return Survey(side, _choose_range(values) if values else EIGHT_BITS)
 
 
@@ -275,23 +298,27 @@ def decode_all(paths, target, side, fork, grey_range=None):
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(target))
     starts = range(0, len(paths), CHUNK)
     chunks = [(target, start, paths[start : start + CHUNK], side, grey_range) for start in starts]
-    unreadable, multipage, not_finite, digest = {}, [], {}, hashlib.blake2b(digest_size=16)
+    unreadable, multipage, not_finite, outside, digest = {}, [], {}, 0.0, hashlib.blake2b(digest_size=16)
     with tqdm(total=len(paths), desc=f"decode {os.path.dirname(paths[0])}", unit=" chips", disable=None) as bar:
-        for bad, paged, with_gaps, digests in map_in_processes(_decode_chunk, chunks, fork):
+        for bad, paged, with_gaps, out, digests in map_in_processes(_decode_chunk, chunks, fork):
             unreadable |= bad
             multipage += paged
             not_finite |= with_gaps
+            outside += out
             digest.update(b"".join(digests))
             bar.update(len(digests))
     array.flush()
-    return Decoded(unreadable, multipage, not_finite, digest.hexdigest())
+    return Decoded(unreadable, multipage, not_finite, outside / len(paths), digest.hexdigest())
 
 
 def _decode_chunk(chunk):
-    """Decode some files into their rows of the .npy file; returns unreadable, multipage, not_finite, digests."""
+    """Decode some files into their rows of the .npy file.
+
+    Returns unreadable, multipage and not_finite of `Decoded`, the sum of the files' shares outside, and their digests.
+    """
     target, start, paths, side, grey_range = chunk
     array = np.asarray(np.load(target, mmap_mode="r+"))
-    unreadable, multipage, not_finite, digests = {}, [], {}, []
+    unreadable, multipage, not_finite, outside, digests = {}, [], {}, 0.0, []
     for index, path in enumerate(paths, start):
         pixels = b""
         try:
@@ -300,7 +327,8 @@ def _decode_chunk(chunk):
             pixels = array[index]
             multipage += [os.fspath(path)] * file.multipage
             not_finite |= {os.fspath(path): file.not_finite} if file.not_finite else {}
+            outside += file.outside
         except DataError as error:
             unreadable[index] = f"{path} ({error})"
         digests.append(hashlib.blake2b(pixels, digest_size=16).digest())
-    return unreadable, multipage, not_finite, digests
+    return unreadable, multipage, not_finite, outside, digests

@@ -14,7 +14,7 @@ def read_table(path, columns, kind, note):
 
     Args:
         path: CSV in UTF-8.
-        columns: names of the columns, in the order of the cells; others are ignored.
+        columns: names of the columns, in the order of the cells, in any case; others are ignored.
         kind, note: what the file is, "a reference", and what to know of its columns; for the message.
 
     Raises:
@@ -27,12 +27,12 @@ def read_table(path, columns, kind, note):
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is no CSV in UTF-8 ({reason(error)}); save it as one") from error
     lines = [(number, row) for number, row in lines if any(row)]
-    header = lines[0][1] if lines else []
-    if absent := [name for name in columns if name not in header]:
+    header = [name.lower() for name in lines[0][1]] if lines else []
+    if absent := [name for name in columns if name.lower() not in header]:
         raise DataError(
             f"{path} has no column {' and no '.join(absent)}; {kind} starts with the line {','.join(columns)} ({note})"
         )
-    wanted = [header.index(name) for name in columns]
+    wanted = [header.index(name.lower()) for name in columns]
     for number, row in lines[1:]:
         if any(row[len(header) :]) or len(row) < len(header) or "\0" in "".join(row):
             raise DataError(
@@ -66,8 +66,16 @@ def images_below(folder):
     """Paths, strings, of the image files directly in a folder, else of those in its subfolders."""
     if chips := images_in(folder):
         return list(chips.values())
-    subfolders = (sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith("."))
-    return [path for sub in subfolders for path in images_in(sub).values()]
+    return [path for sub in _subfolders(folder) for path in images_in(sub).values()]
+
+
+def images_aside(folder):
+    """Names of the subfolders whose images `images_below` leaves aside, for there are images directly in the folder."""
+    return [sub.name for sub in _subfolders(folder) if images_in(sub)] if images_in(folder) else []
+
+
+def _subfolders(folder):
+    return [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")]
 
 
 def plain_name(name):

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, named
-from data.files import SUFFIXES, images_below, plain_name, read_table
+from data.files import SUFFIXES, images_aside, images_below, plain_name, read_table
 
 import numpy as np
 
 COLUMNS = ("image_id", "class", "OOD_flag")  # of a reference CSV
+LIKE_VAL = "val", "valid", "validate", "validation"  # names, in lower case, of folders that may be meant by val
 FLAG_NOTE = "without unknown objects the OOD_flag is 0"
 OOD_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
@@ -51,6 +52,11 @@ def find_chips(folder):
     chips = images_below(folder)
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))}); add some, or set another folder")
+    if aside := images_aside(folder):
+        print(
+            f"{folder}: its chips are the {len(chips)} images directly in it; those in subfolders are left aside: "
+            f"{named(aside)}"
+        )
     return sorted(map(Path, chips), key=lambda path: (_natural(path.parent.name), _natural(path.name)))
 
 
@@ -76,14 +82,26 @@ def read_chips(folder, classes, class_ids):
 
 
 def find_validation(root, classes, class_ids):
-    """The labelled SAR validation chips (`Labelled`) of a data set, or None if it has none.
+    """The labelled SAR validation chips (`Labelled`) of a data set, or None, with a printed sentence, if it has none.
 
-    classes, class_ids: of `read_labelled`.
+    Nothing is printed where there is no folder for them, or an empty one. classes, class_ids: of `read_labelled`.
     """
     folder = Path(root) / "val"
-    if not folder.is_dir() or not (find_reference(folder) or images_below(folder)):
+    if not folder.is_dir():
+        others = [path.name for path in Path(root).iterdir() if path.name.lower() in LIKE_VAL and path.is_dir()]
+        if others:
+            print(f"{root}: {named(others)} is not read; labelled SAR chips that validate lie in {folder}")
         return None
-    return read_chips(folder, classes, class_ids)[1]
+    holds_chips = find_reference(folder) or images_below(folder)
+    labelled = read_chips(folder, classes, class_ids)[1] if holds_chips else None
+    if labelled is None and any(path.is_file() for path in folder.rglob("*")):
+        csvs = sorted(path.name for path in folder.rglob("*.[cC][sS][vV]"))
+        print(
+            f"{folder} has no labels, so it does not validate: labelled chips lie directly in it, with a CSV in UTF-8 "
+            f"that has the columns {','.join(COLUMNS)}, or in class folders"
+            + (f"; CSVs there: {named(csvs)}" if csvs else "")
+        )
+    return labelled
 
 
 def find_test(root):
@@ -101,7 +119,7 @@ def find_test(root):
 def find_reference(folder):
     """The reference CSV in a folder of chips, or None.
 
-    A CSV is a reference if its header has at least two of the columns image_id, class and OOD_flag, or if
+    A CSV is a reference if its header has at least two of the columns image_id, class and OOD_flag, in any case, or if
     its name contains "reference"; `read_labelled` needs all three. Other CSVs are ignored.
 
     Raises:
@@ -112,7 +130,7 @@ def find_reference(folder):
         if path.is_file() and not path.name.startswith("."):
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 header = re.split(r"[\s,;\"]+", next(filter(str.strip, file), ""))
-            if len(set(COLUMNS) & set(header)) > 1 or "reference" in path.name.lower():
+            if len(set(map(str.lower, COLUMNS)) & set(map(str.lower, header))) > 1 or "reference" in path.name.lower():
                 references.append(path)
     if len(references) > 1:
         raise DataError(f"{folder} holds several reference CSVs: {named(p.name for p in references)}")

@@ -36,6 +36,7 @@ OFFICIAL_CLASSES = (
     "pickup_truck_w_trailer",
     "semi_w_trailer",
 )
+PREFIXES = "EO_", "SAR_"  # of the names of 2021/22, where the chips of both sensors lie in one folder
 NEAR = 0.8  # similarity, 0..1, from which a folder name counts as a misspelt class name
 
 
@@ -82,13 +83,14 @@ def find_pairs(root, classes=(), class_ids=()):
     order = class_order(set(sides[0]) | set(sides[1]), tuple(map(str, classes)))
     _check_sides(root, order, *sides)
     _check_labels(root, order, *sides)
+    class_ids = tuple(class_ids) or _class_ids(order, chosen=bool(classes))
     keys = [(label, key) for label, name in enumerate(order) for key in sorted(sides[0][name])]
     return Pairs(
         eo=[sides[0][order[label]][key] for label, key in keys],
         sar=[sides[1][order[label]][key] for label, key in keys],
         labels=np.array([label for label, _ in keys], dtype=np.int64),
         classes=order,
-        class_ids=tuple(class_ids) or _class_ids(order, chosen=bool(classes)),
+        class_ids=class_ids,
     )
 
 
@@ -99,7 +101,7 @@ def _find_sides(root):
             return _by_class(root / eo), _by_class(root / sar)
     if (root / "train_images").is_dir():
         folders = _by_class(root / "train_images")
-        sides = [_with_prefix(folders, "EO_"), _with_prefix(folders, "SAR_")]
+        sides = [_with_prefix(folders, prefix) for prefix in PREFIXES]
         return [{_official_name(name): chips for name, chips in side.items()} for side in sides]
     raise DataError(
         f"{root} holds none of train/EO_Train, EO_Train, EO or train_images; "
@@ -132,9 +134,12 @@ def class_order(names, chosen=()):
     if strange := [name for name in near if name not in OFFICIAL_CLASSES]:
         if 2 * sum(like is not None for like in near.values()) > len(near):
             meant = (f"{name} ({near[name]}?)" if near[name] else name for name in strange)
+            # In the official order, since with CLASSES the position is the number in a submission.
+            by_index = sorted(near, key=lambda name: (*OFFICIAL_CLASSES, None).index(near[name]))
             raise DataError(
                 f"class folders that are none of the challenge's classes, beside such that are: "
-                f"{named(meant)}. Rename them, or take them as they are: CLASSES={','.join(near)}"
+                f"{named(meant)}. Rename them, or take them as they are, numbered 0, 1, ... in a submission: "
+                f"CLASSES={','.join(by_index)}"
             )
         return tuple(near)
     return tuple(name for name in OFFICIAL_CLASSES if name in names)
@@ -144,7 +149,7 @@ def find_unlabelled(root):
     """Pairs without labels, which teach by the teacher alone: EO and SAR paths, two lists in the same order.
 
     They lie in unlabelled/EO and unlabelled/SAR of the data set, the same name on both sides. Both lists are empty
-    if the data set has no folder unlabelled. Prints how many there are.
+    if the data set has no folder unlabelled.
 
     Raises:
         DataError: one side is missing or holds no chips, a chip has no counterpart, or the folder's name is misspelt.
@@ -159,7 +164,6 @@ def find_unlabelled(root):
     _check_names(folder, eo, sar)
     if not eo:
         raise DataError(f"{folder} holds no pairs; its chips lie directly in EO and SAR, without class folders")
-    print(f"{len(eo)} pairs without labels are trained on as well")
     return [eo[key] for key in sorted(eo)], [sar[key] for key in sorted(sar)]
 
 
@@ -211,6 +215,9 @@ def _by_class(folder):
 
 def _with_prefix(folders, prefix):
     """The chips of one sensor in folders that hold both. Keys lose the prefix, so that pairs share a key."""
+    strange = [path for chips in folders.values() for stem, path in chips.items() if not stem.startswith(PREFIXES)]
+    if strange:
+        raise DataError(f"{len(strange)} chips are named neither EO_ nor SAR_: {named(strange, 5)}; rename them")
     return {
         name: {s.removeprefix(prefix): path for s, path in chips.items() if s.startswith(prefix)}
         for name, chips in folders.items()
@@ -231,8 +238,13 @@ def _official_like(name):
 
 def _class_ids(order, chosen):
     """Index of each class in a submission: the official index, the number in its name, or its position."""
-    if not chosen and set(order) <= set(OFFICIAL_CLASSES):
-        return tuple(OFFICIAL_CLASSES.index(name) for name in order)
+    if set(order) <= set(OFFICIAL_CLASSES):
+        official = tuple(OFFICIAL_CLASSES.index(name) for name in order)
+        if not chosen:
+            return official
+        if official != tuple(range(len(order))):
+            numbers = named(f"{number} {name}" for number, name in enumerate(order))
+            print(f"CLASSES numbers the classes in a submission {numbers}; the challenge's own numbers are others")
     if not chosen and all(re.fullmatch("0|[1-9][0-9]{0,8}", name) for name in order):
         return tuple(map(int, order))
     return tuple(range(len(order)))

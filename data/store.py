@@ -28,6 +28,7 @@ STORES_KEPT = 16  # stores that a folder holds; beyond them the least recently o
 ASSUMED_FREE = 2**32  # bytes of free memory, if the system does not report it
 FREE_SHARE = 0.5  # of the free memory that chips may take if no budget is set
 RELEASE_AFTER = 2**24  # bytes read from disk after which their pages are released
+MUCH_OUTSIDE = 0.05  # share of the pixels beyond black and white from which the range may be a wrong one
 FILLED = 0.25  # share of the 256 levels that the chips should use
 GREY_SAMPLE = 20_000  # chips; they fix the mean grey level to 0.0004
 
@@ -86,10 +87,10 @@ def open_store(paths, folder, skip_bad=False, side=None, grey_range=None, report
     levels = "" if grey_range == EIGHT_BITS else "-{}_{}".format(*grey_range)
     path = Path(folder, f"{files}-{state}-{side}{levels}.npy")
     chips, _ = _load(path, shape)
-    if chips is None:
+    if chips is None or _can_be_read_now(paths, path, grey_range):
         with locked(path.parent / "lock"):
             chips, damage = _load(path, shape)  # another process may have made it in the meantime
-            if chips is None:
+            if chips is None or _can_be_read_now(paths, path, grey_range):
                 if damage:
                     print(f"the chip store {path} is damaged ({damage}); its files are decoded again")
                 _make(paths, path, side, skip_bad, grey_range)
@@ -123,6 +124,15 @@ def _notes(path):
     return json.loads(Path(path).with_suffix(".json").read_text())
 
 
+def _can_be_read_now(paths, path, grey_range):
+    """Whether a file that was unreadable when the store was made can be read: an error of a disk may pass."""
+    for index in _notes(path)["unreadable"]:
+        with contextlib.suppress(DataError):
+            decode(paths[int(index)], grey_range=grey_range)
+            return True
+    return False
+
+
 def _load(path, shape):
     """The array of a store, None if there is none or it is damaged; and what is wrong with it, or ""."""
     if not path.exists():
@@ -146,7 +156,7 @@ def _make(paths, target, side, skip_bad, grey_range):
         leftover.unlink()
     temporary = target.with_suffix(".part")
     try:
-        bad, multipage, not_finite, digest = decode_all(paths, temporary, side, may_fork(), grey_range)
+        bad, multipage, not_finite, outside, digest = decode_all(paths, temporary, side, may_fork(), grey_range)
         if bad and (not skip_bad or len(bad) == len(paths)):
             raise DataError(_unreadable_files(bad))
         if multipage:
@@ -158,6 +168,12 @@ def _make(paths, target, side, skip_bad, grey_range):
             print(
                 f"{sum(not_finite.values())} pixels in {len(not_finite)} of {len(paths)} files are NaN or infinite "
                 f"and are read as black: {named(not_finite)}"
+            )
+        if outside > MUCH_OUTSIDE:
+            print(
+                f"{outside:.0%} of the pixels in {os.path.dirname(paths[0])} are darker than black or brighter than "
+                "white, GREY_RANGE={:g},{:g}, and become black or white; if the files have other levels than those "
+                "that GREY_RANGE was taken from, train with a range that holds both".format(*grey_range)
             )
         _report_few_levels(np.load(temporary, mmap_mode="r"), os.path.dirname(paths[0]), grey_range)
         _delete_old(target)

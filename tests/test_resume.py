@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from tests.conftest import ROOT, load, must, run_python, run_script, same
 from utils.run.checkpoint import save_checkpoint
 from utils.run.lock import held
-from utils.run.resume import Run
+from utils.run.resume import Run, _set_aside
 
 import numpy as np
 import pytest
@@ -304,7 +305,39 @@ def test_a_full_disk_ends_with_a_sentence_and_leaves_what_was_there(pipeline, ti
 
 def test_what_a_killed_process_left_unfinished_is_cleared_away(pipeline, tiny_demo):
     cwd, _ = pipeline
-    left = cwd / "runs/pretrain/last.pt.77.part"
-    left.write_bytes(b"half")
+    left, others = cwd / "runs/pretrain/last.pt.77.part", cwd / "runs/pretrain/film.mp4.part"
+    left.write_bytes(b"half"), others.write_bytes(b"half")
     must(run_script("pretrain.py", cwd, f"DATA_ROOT={tiny_demo}", "EPOCHS=2"))
-    assert not left.exists()
+    assert not left.exists() and others.exists()
+    others.unlink()
+
+
+@pytest.mark.parametrize("out_dir", [".", "link"])
+def test_an_earlier_run_in_a_folder_that_cannot_be_renamed_is_kept_inside(tmp_path, monkeypatch, capsys, out_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir(), (tmp_path / "link").symlink_to("real")
+    out = Path(out_dir)
+    for number in (1, 2):
+        for name in ("best.pt", "last.previous.pt", "history.csv", "notes.txt"):
+            (out / name).write_text(str(number))
+        _set_aside(out)
+        assert f"is kept as {out / f'earlier.{number}'}" in capsys.readouterr().out
+        assert (out / f"earlier.{number}/last.previous.pt").read_text() == str(number)
+        assert not (out / "best.pt").exists() and (out / "notes.txt").read_text() == str(number)
+
+
+@pytest.mark.slow
+def test_a_run_whose_best_checkpoint_is_gone(tiny_demo, tmp_path):
+    must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={tiny_demo}", *SMALL))
+    (tmp_path / "runs/pretrain/best.pt").rename(tmp_path / "teacher.pt")
+    process = run_script("pretrain.py", tmp_path, f"DATA_ROOT={tiny_demo}", *SMALL)
+    assert process.returncode == 1 and "but its best.pt is gone; put it back" in process.stderr
+    # An unfinished run writes one after its next epoch, also if this one is worse.
+    out = "OUT_DIR=part"
+    stopped("pretrain.py", tmp_path, 3, signal.SIGTERM, f"DATA_ROOT={tiny_demo}", *SMALL, out)
+    last = load(tmp_path / "part/last.pt")
+    last["run"]["best"] = 2.0
+    save_checkpoint(tmp_path / "part/last.pt", last)
+    (tmp_path / "part/best.pt").unlink(missing_ok=True)
+    must(run_script("pretrain.py", tmp_path, f"DATA_ROOT={tiny_demo}", *SMALL, out))
+    assert (tmp_path / "part/best.pt").exists()

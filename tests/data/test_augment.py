@@ -1,9 +1,12 @@
+import math
+
 from data.augment import Augmentation, Share, jitter, normalise, resize, rotate, speckle, to_input, turn
 from data.batches import Batch
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 def test_all_eight_views_each_chip_its_own():
@@ -109,3 +112,18 @@ def test_rotation_turns_each_chip_about_its_centre_by_its_own_angle():
     assert 20 < angles.max() < 25.1 and -25.1 < angles.min() < -20 and abs(angles.mean()) < 3
     torch.testing.assert_close(rotate(torch.ones(3, 1, 9, 9), 180.0), torch.ones(3, 1, 9, 9))
     assert rotate(images, 0.0) is images
+
+
+def test_rotation_is_as_exact_under_autocast_as_torchs_affine_grid_without():
+    images = torch.rand(4, 1, 128, 128)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        turned = rotate(images, 20)
+    torch.manual_seed(3)
+    angle = (torch.rand(4) * 2 - 1) * math.radians(20)
+    matrices = torch.zeros(4, 2, 3)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = angle.cos()
+    matrices[:, 1, 0], matrices[:, 0, 1] = angle.sin(), -angle.sin()
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    expected = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(turned, expected, atol=1e-4, rtol=0)

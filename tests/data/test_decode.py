@@ -334,3 +334,51 @@ def test_workers_that_are_not_forked_do_not_run_the_script_again(tmp_path, many)
 def test_workers_do_not_import_torch():
     code = "import sys, data.decode; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+
+
+def test_a_tiff_whose_white_is_zero_is_inverted(tmp_path):
+    deep = (LEVELS.astype(np.uint16) + 100) * 100
+    path = save(tmp_path / "white.tif", Image.fromarray(65535 - deep), tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+    np.testing.assert_array_equal(decode(path), np.rint(deep / 257))
+    real = save(tmp_path / "real.tif", Image.fromarray(LEVELS.astype(np.float32)), tiffinfo={262: 0})
+    with pytest.raises(DataError, match="0 is white in it"):
+        decode(real, None, (0, 255))
+
+
+def test_a_tiff_of_32_bits_without_sign_keeps_its_large_values(tmp_path):
+    levels = np.linspace(0, 2**32 - 1, 144).reshape(12, 12).astype(np.uint32)
+    path = save(tmp_path / "deep.tif", Image.fromarray(levels.view(np.int32)))
+    signed_tag, tag = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))
+    assert path.read_bytes().count(signed_tag) == 1
+    path.write_bytes(path.read_bytes().replace(signed_tag, tag))
+    np.testing.assert_array_equal(decode(path, None, (0, 2**32 - 1)), np.rint(levels / (2**32 - 1) * 255))
+    signed = save(tmp_path / "signed.tif", Image.fromarray(LEVELS.astype(np.int32) - 100))
+    np.testing.assert_array_equal(decode(signed, None, (-100, 155)), LEVELS)
+
+
+def test_the_share_of_pixels_outside_the_range(tmp_path):
+    """Half of the finite pixels of one file are too bright, a quarter of another is not finite, a third has 8 bits."""
+    bright = np.full((4, 4), 50.0)
+    bright[:2] = 300
+    gaps = np.linspace(0, 200, 16).reshape(4, 4)
+    gaps[0] = np.nan
+    for name, values in (("0", bright), ("1", gaps), ("2", LEVELS[:4, :4])):
+        np.save(tmp_path / f"{name}.npy", values)
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    assert decode_all(paths, tmp_path / "out.npy", 4, True, (0, 200)).outside == pytest.approx(0.5 / 3)
+    gaps[1:] += 1000  # all finite pixels are outside
+    np.save(paths[1], gaps)
+    with pytest.raises(DataError, match="nearly all of its levels, 1053"):
+        decode(paths[1], None, (0, 200))
+
+
+@pytest.mark.parametrize("sides, side", [
+    (range(20, 60), 39),  # each once: the median
+    ([24] * 8 + list(range(30, 62)), 24),  # a fifth
+    ([24] * 7 + list(range(30, 63)), 42),
+])  # fmt: skip
+def test_the_side_of_chips_that_are_all_different_is_their_median(tmp_path, sides, side):
+    paths = [save(tmp_path / f"{i}.png", Image.new("L", (s, 12))) for i, s in enumerate(sides)]
+    assert survey(paths).side == side

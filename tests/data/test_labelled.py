@@ -162,3 +162,42 @@ def test_a_reference_that_was_written_is_read(tmp_path):
     write_reference(tmp_path / "reference.csv", [("2", "bus", False), ("a,b", "tank", np.True_)])
     paths, labelled = read_chips(tmp_path, ("sedan", "bus"), (0, 7))
     assert [path.stem for path in paths] == ["2", "a,b"] and labelled.labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("files", [
+    {"labels.csv": b"id,label\n1,sedan\n"},
+    {"labels.csv": "image_id,class,OOD_flag\n1,sedan,0\n".encode("utf-16")},
+])  # fmt: skip
+def test_validation_chips_that_are_not_used_are_announced(tmp_path, capsys, files):
+    write_chip(tmp_path / "val" / "Gotcha1.png")
+    for name, content in files.items():
+        (tmp_path / "val" / name).write_bytes(content)
+    assert find_validation(tmp_path, ("sedan", "bus"), (0, 7)) is None
+    said = capsys.readouterr().out
+    assert "val has no labels, so it does not validate" in said and said.endswith("CSVs there: labels.csv\n")
+
+
+def test_chips_in_deeper_folders_and_in_folders_of_other_names_are_announced(tmp_path, capsys):
+    write_chip(tmp_path / "Validation" / "bus" / "1.png")
+    assert find_validation(tmp_path, ("sedan", "bus"), (0, 7)) is None
+    assert "Validation is not read; labelled SAR chips that validate lie in" in capsys.readouterr().out
+    write_chip(tmp_path / "val" / "SAR" / "bus" / "1.png")
+    assert find_validation(tmp_path, ("sedan", "bus"), (0, 7)) is None
+    assert "val has no labels" in capsys.readouterr().out
+
+
+def test_subfolders_beside_chips_are_left_aside_with_a_sentence(tmp_path, capsys):
+    write_chip(tmp_path / "bus" / "1.png"), write_chip(tmp_path / "sedan" / "2.png"), (tmp_path / "empty").mkdir()
+    assert len(find_chips(tmp_path)) == 2
+    assert not capsys.readouterr().out
+    write_chip(tmp_path / "preview.png")
+    assert [path.name for path in find_chips(tmp_path)] == ["preview.png"]
+    assert "its chips are the 1 images directly in it; those in subfolders are left aside: bus, sedan" in (
+        capsys.readouterr().out
+    )
+
+
+def test_columns_of_a_reference_may_be_written_in_any_case(tmp_path):
+    write_chip(tmp_path / "val" / "Gotcha5.png"), write_chip(tmp_path / "val" / "Gotcha6.png")
+    (tmp_path / "val" / "labels.csv").write_text("Image_ID,Class,ood_flag\n5,bus,0\n6,x,1\n")
+    assert find_validation(tmp_path, ("sedan", "bus"), (0, 7)).labels.tolist() == [1, -1]

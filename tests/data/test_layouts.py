@@ -120,3 +120,31 @@ def test_a_misspelt_folder_is_not_left_out_in_silence(tmp_path, misspelt, find):
     (tmp_path / misspelt).mkdir()
     with pytest.raises(DataError, match=f"{misspelt}: rename it to un"):
         find(tmp_path)
+
+
+def test_the_advice_for_a_misspelt_class_keeps_the_official_numbers(tmp_path, capsys):
+    folders = [{"flatbed_truck": "flatbed-trucks"}.get(name, name) for name in OFFICIAL_CLASSES]
+    pairs_in(tmp_path, "EO", "SAR", [*folders[::-1], "tram"])
+    with pytest.raises(DataError, match=r"flatbed-trucks \(flatbed_truck\?\)") as error:
+        find_pairs(tmp_path)
+    advised = str(error.value).partition("CLASSES=")[2].split(",")
+    assert advised == [*folders, "tram"]
+    pairs = find_pairs(tmp_path, advised)
+    assert pairs.classes == (*folders, "tram") and pairs.class_ids == tuple(range(11))
+    assert not capsys.readouterr().out
+
+
+def test_official_classes_with_other_numbers_are_announced(tmp_path, capsys):
+    pairs_in(tmp_path, "EO", "SAR")
+    assert find_pairs(tmp_path, ("bus", "SUV", "sedan")).class_ids == (0, 1, 2)
+    assert "CLASSES numbers the classes in a submission 0 bus, 1 SUV, 2 sedan;" in capsys.readouterr().out
+    assert find_pairs(tmp_path, ("bus", "SUV", "sedan"), (7, 1, 0)).class_ids == (7, 1, 0)  # of a checkpoint
+    assert not capsys.readouterr().out
+
+
+def test_chips_of_2021_with_another_prefix_are_not_left_out(tmp_path):
+    for label in range(2):
+        for name in ("EO_1", "SAR_1", "eo_2", "sar_2"):
+            write_chip(tmp_path / "train_images" / str(label) / f"{name}.png")
+    with pytest.raises(DataError, match=r"4 chips are named neither EO_ nor SAR_: .*eo_2\.png"):
+        find_pairs(tmp_path)

@@ -488,3 +488,27 @@ def test_a_killed_process_leaves_no_worker_that_holds_the_lock(tmp_path):
     assert not list(tmp_path.glob("store/*.npy"))
     done = subprocess.run(start, cwd=ROOT, capture_output=True, timeout=120)
     assert done.returncode == 0 and len(list(tmp_path.glob("store/*.npy"))) == 1
+
+
+def test_a_file_that_can_be_read_later_is_decoded_again(tmp_path, files, monkeypatch, capsys):
+    """An error of the disk, after which neither size nor time of the file changes."""
+    content = files[1].read_bytes()
+    files[1].write_bytes(b"0" * len(content))
+    os.utime(files[1], ns=(1, 1))
+    chips = open_store(files, tmp_path / "store", skip_bad=True)
+    assert unreadable(chips).tolist() == [1] and not chips[1].any()
+    files[1].write_bytes(content)
+    os.utime(files[1], ns=(1, 1))
+    chips = open_store(files, tmp_path / "store", skip_bad=True)
+    assert not len(unreadable(chips)) and chips[1].any()
+    open_store(files, tmp_path / "store")
+
+
+def test_many_pixels_outside_the_range_are_reported(tmp_path, capsys):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.arange(144.0).reshape(12, 12))
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    open_store(paths, tmp_path / "store", grey_range=(0, 140))  # 3 of 144
+    assert not capsys.readouterr().out
+    open_store(paths, tmp_path / "store", grey_range=(0, 99))  # 44 of 144
+    assert "31% of the pixels in" in (said := capsys.readouterr().out) and "GREY_RANGE=0,99, and become" in said

@@ -14,7 +14,7 @@ from utils.predict.pipeline import PipelineSettings, run_pipeline
 from utils.run.device import choose_device
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Predictor:
             images: an image: a path, a PIL image, or a uint8 array of grey levels [H, W] or colours
                 [H, W, 3]; or several images: a list of these, a folder, or an array [N, H, W] or
                 [N, H, W, 3]. An array with three axes, the last of 3 entries, is one colour image; three equal
-                planes [3, H, W], a grey chip with channels first, are refused.
+                planes [3, H, W], a grey chip with channels first, and [H, W, 1], [H, W, 2] and [H, W, 4] are refused.
                 If the checkpoint was trained on files with more than 8 bits, an array of grey levels may
                 have any real type; it is read through the checkpoint's GREY_RANGE, as files are.
 
@@ -107,6 +107,10 @@ def _listed(images):
                 f"the array {list(images.shape)} looks like one chip with channels first, for its three planes are "
                 "equal; give one of them, [H, W], or three equal chips as a list"
             )
+        if images.ndim == 3 and images.shape[-1] in (1, 2, 4):
+            raise DataError(
+                f"the array {list(images.shape)} looks like one chip with channels last; give uint8 [H, W] or [H, W, 3]"
+            )
         images = images if images.ndim == 3 + is_colour else images[None]
     images = list(images) if isinstance(images, Iterable) else [images]
     if not images:
@@ -122,8 +126,6 @@ def _listed(images):
 
 def _chip(image, name, side, grey_range):
     """uint8 [side, side] grey levels of an image."""
-    if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
-        image = np.asarray(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
         is_grey = image.ndim == 2 and (image.dtype == np.uint8 or grey_range != EIGHT_BITS)
         is_colour = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
@@ -132,6 +134,11 @@ def _chip(image, name, side, grey_range):
                 f"image {name} is an array {image.dtype} {list(image.shape)}; give uint8 [H, W] or [H, W, 3]"
             )
         image = Image.fromarray(image) if is_colour else image
+    is_wide = isinstance(image, Image.Image) and image.mode.startswith(("I", "F"))
+    if is_wide and grey_range == EIGHT_BITS:
+        raise DataError(
+            f"image {name} has more than 8 bits (mode {image.mode}), the checkpoint's chips have 8; give an image of 8"
+        )
     read = decode if isinstance(image, (str, os.PathLike)) else grey_levels
     try:
         return read(image, side, grey_range)

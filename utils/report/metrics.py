@@ -70,10 +70,12 @@ def intervals(predicted, confidence, labels, ood, groups, resamples=500):
         resamples: number of bootstrap samples. A score ignores those in which it is undefined.
 
     Returns:
-        {score: (low, high)}.
+        {score: (low, high)}; of fewer than two groups nothing is known, and they are nan.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, percentile intervals.
     """
+    if groups.max() < 1:
+        return dict.fromkeys(SCORES, (float("nan"), float("nan")))
     samples = resampled_scores(predicted, confidence, labels, ood, resampled_groups(groups, resamples))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN slice")

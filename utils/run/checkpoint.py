@@ -83,6 +83,7 @@ KEYS = {
     "entities": _is_text,
     "eo_reading": _is_reading,
     "labelled_share": lambda x: type(x) in (int, float) and 0 <= x <= 1,
+    "held_out": lambda x: x is None or type(x) is list and all(map(_is_count, x)),
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),
@@ -135,7 +136,7 @@ def load_checkpoint(path, script, sensor=None, stages=("pretrain", "sar_feature"
         newer = checkpoint["format"] > FORMAT
         advice = "update this project" if newer else f"make it anew: python {script}"
         raise CheckpointError(f"{path} was written by {'a newer' if newer else 'an older'} version; {advice}")
-    checkpoint.setdefault("eo_reading", ())  # of checkpoints that were written before there was one
+    checkpoint = {"eo_reading": (), "held_out": None} | checkpoint  # older checkpoints have neither
     wrong = _wrong_keys(checkpoint, KEYS)
     if with_run and not wrong:
         wrong = _wrong_keys(checkpoint["run"], RUN_KEYS) if isinstance(checkpoint.get("run"), dict) else ["run"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 
@@ -38,4 +39,5 @@ def atomic_file(path, mode="w", previous=None, **options):
 def remove_temporary(folder):
     """Delete the temporary files that a killed `atomic_file` left in a folder."""
     for temporary in Path(folder).glob("*.part"):
-        temporary.unlink()
+        if re.fullmatch(r".+\.[0-9]+\.part", temporary.name) and temporary.is_file():
+            temporary.unlink()

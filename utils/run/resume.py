@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import time
+from itertools import count
 from pathlib import Path
 
 from utils.run.checkpoint import load_checkpoint, save_checkpoint
@@ -14,6 +15,8 @@ from utils.run.lock import refuse_second_start
 from utils.run.ranks import on_rank_0, rank, world_size
 from utils.run.rules import NO_EFFECT
 from utils.run.settings import CheckpointError, SettingError, check
+
+WRITTEN = "best.pt", "last*.pt", "history.csv", "curves.png", "events.out.tfevents.*"  # by a run, into its folder
 
 
 class Run:
@@ -59,7 +62,8 @@ class Run:
             False if the folder holds this very run, finished: nothing is left to train.
 
         Raises:
-            SettingError: the folder holds an unfinished run with other settings, data or checkpoint.
+            SettingError: the folder holds an unfinished run with other settings, data or checkpoint, or a finished
+                one without best.pt.
         """
         self.made_from = made_from
         to_train, self.set_aside = on_rank_0(lambda: (self._begin(), self.set_aside))
@@ -77,6 +81,11 @@ class Run:
                 self.set_aside = "; ".join(changed or [f"{NAMES['code']} has changed"])
                 return True
             finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.earlier["run"]["saved_at"]))
+            check(
+                (self.out_dir / "best.pt").exists(),
+                f"{self.out_dir} holds this run already, finished on {finished}, but its best.pt is gone; put it back, "
+                "or train anew with RESUME=False",
+            )
             print(
                 f"nothing was trained: {self.out_dir} holds this run already, finished on {finished}. "
                 "RESUME=False trains it anew and keeps the old one",
@@ -106,7 +115,8 @@ class Run:
         state = earlier["run"]
         learner.load_state_dict(state["learner"])
         print(f"goes on from step {state['step']} of {state['steps']} of the run in {self.out_dir}", flush=True)
-        return state["history"], state["best"], state["step"]
+        best = state["best"] if (self.out_dir / "best.pt").exists() else -1.0  # the next epoch writes one
+        return state["history"], best, state["step"]
 
     def save(self, name, contents, state=None):
         """Write a checkpoint; with `state`, a dict of what a run needs to go on, the one before is kept as well."""
@@ -171,12 +181,24 @@ class Run:
 
 
 def _set_aside(out_dir):
-    """Rename a folder to the first free of name.1, name.2, ..."""
-    number = 1
-    while os.path.lexists(old := f"{os.path.normpath(out_dir)}.{number}"):
-        number += 1
-    os.rename(out_dir, old)
+    """Rename a folder to the first free of name.1, name.2, ...; where that fails, move the run into earlier.1 in it."""
+    old = _first_free(os.path.normpath(out_dir))
+    try:
+        if out_dir.is_symlink() or Path.cwd().is_relative_to(out_dir.resolve()):
+            raise OSError("its path leads elsewhere afterwards")
+        os.rename(out_dir, old)
+    except OSError:  # also a mount point, or a folder that lies in one that is read-only
+        old = Path(_first_free(out_dir / "earlier"))
+        files = [path for pattern in WRITTEN for path in out_dir.glob(pattern)]
+        old.mkdir()
+        for path in files:
+            path.rename(old / path.name)
     print(f"the earlier run in {out_dir} is kept as {old}", flush=True)
+
+
+def _first_free(name):
+    """The first of name.1, name.2, ... that does not exist."""
+    return next(path for number in count(1) if not os.path.lexists(path := f"{name}.{number}"))
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ def parse(name, text, default):
     if kind is str:
         return text
     if kind is tuple:
-        parts = [part.strip().strip("'\"") for part in text.strip("()[] ").split(",")]
+        text = re.sub(r"^\((.*)\)$|^\[(.*)\]$", r"\1\2", text.strip())  # a name may end with a bracket
+        parts = [part.strip().strip("'\"") for part in text.split(",")]
         parts = [part for part in parts if part]
         if not default and name not in NUMBERS:
             return tuple(parts)

@@ -85,7 +85,21 @@ class Learner:
         self.stateful = {name: getattr(self, name) for name in names}
 
     def step(self, batch):
-        """Take the step of a batch."""
+        """Take the step of a batch.
+
+        Raises:
+            SettingError: the device's memory is too small for it, a batch norm needs a larger batch, or `loss_of`
+                returns something else.
+        """
+        try:
+            self._step(batch)
+        except torch.OutOfMemoryError as error:
+            raise SettingError(
+                f"the memory of {self.device} is too small for a step of {len(batch.labels)} chips; lower BATCH_SIZE, "
+                "IMAGE_SIZE or CHIP_MEMORY_GB (GiB of it that chips and caches take)"
+            ) from error
+
+    def _step(self, batch):
         # Each step has its own random numbers, so that a resumed run draws the same ones.
         _set_seed(self.device, self.seed * 1_000_003 + batch.step)
         before = _Values(self.changing)

@@ -1,5 +1,9 @@
 """Validation after each epoch: on labelled chips of the stage's sensor if the data set has them, else on pairs."""
 
+import os
+from hashlib import blake2b
+from pathlib import Path
+
 from data.errors import DataError
 from data.labelled import find_validation
 from data.split import few_of_each
@@ -78,6 +82,25 @@ class Validation:
             "accuracy": float((predicted == self.labels).mean()),
             "mean per-class accuracy": class_mean_accuracy(predicted, self.labels),
         }
+
+
+def unseen_pairs(pairs, held_out, source=None, path=""):
+    """Hashes (list of int) of the pairs to validate on that no stage trained on; prints how many others there are.
+
+    Args:
+        pairs: `data.layouts.Pairs`; held_out: int64 indices of those to validate on.
+        source: checkpoint of the stage before, whose "held_out" are its hashes (None in an older one); path: its file.
+    """
+    names = (f"{pairs.classes[pairs.labels[i]]}/{Path(pairs.sar[i]).stem}" for i in held_out)
+    hashes = [int.from_bytes(blake2b(os.fsencode(name), digest_size=7).digest(), "big") for name in names]
+    before = None if source is None else source["held_out"]
+    unseen = hashes if before is None else sorted(set(before).intersection(hashes))
+    if seen := len(hashes) - len(unseen):
+        print(
+            f"{seen} of {len(hashes)} pairs that validate were training pairs of {path} or of a stage before it, so "
+            "the scores are too good: the pairs, their entities (ENTITIES) or val/ are others now"
+        )
+    return unseen
 
 
 def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):

@@ -87,3 +87,9 @@ def test_scores_do_not_load_matplotlib():
     program = "import sys, utils.report.prediction; print({'matplotlib', 'sklearn.manifold'} & {*sys.modules})"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "set()"
+
+
+def test_one_group_gives_no_interval():
+    predicted, labels, ood = np.array([0, 1, 1]), np.array([0, 1, -1]), np.array([False, False, True])
+    limits = intervals(predicted, np.arange(3.0), labels, ood, np.zeros(3, int))
+    assert set(limits) == set(SCORES) and np.isnan(list(limits.values())).all()

@@ -95,6 +95,14 @@ def test_grey_range_is_empty_or_two_finite_numbers(tmp_path, text, value):
         read_settings(script, [f"GREY_RANGE={text}"])
 
 
+@pytest.mark.parametrize("text, value", [
+    ("T-72,2S1 (SPG)", ("T-72", "2S1 (SPG)")), ("(a, b)", ("a", "b")), ("['a', 'b']", ("a", "b")), ("", ()),
+    ("(x) a,b", ("(x) a", "b")), ("(a", ("(a",)),
+])  # fmt: skip
+def test_names_keep_their_brackets(text, value):
+    assert parse("CLASSES", text, ()) == value
+
+
 def test_strings_are_taken_as_they_are():
     assert parse("ROOT", "../a b/[c]", "") == "../a b/[c]"
 

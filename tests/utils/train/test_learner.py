@@ -184,3 +184,12 @@ def test_a_loss_that_is_no_number_is_refused_with_a_sentence(wrong):
 
     with pytest.raises(SettingError, match="the loss has to be one number"):
         Learner(model, loss_of, Sizes, Optimization(0.01, 0.1)).step(batch(0))
+
+
+def test_a_step_that_needs_too_much_memory_ends_with_a_sentence():
+    def loss_of(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ours = Learner(network(), loss_of, Sizes, Optimization(0.01, 0.1))
+    with pytest.raises(SettingError, match="too small for a step of 8 chips; lower BATCH_SIZE, IMAGE_SIZE or CHIP"):
+        ours.step(batch(0))

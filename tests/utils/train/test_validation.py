@@ -1,10 +1,11 @@
 """Which scales the views keep: the choice by hand, on networks whose errors are made."""
 
+from data.layouts import Pairs
 from data.store import ChipStore
 from models.backbone import Classifier
 from utils.predict.tta import all_views, predict
 from utils.train import validation
-from utils.train.validation import Validation
+from utils.train.validation import Validation, unseen_pairs
 
 import numpy as np
 import pytest
@@ -59,3 +60,16 @@ def test_the_views_that_are_compared_are_those_of_all_scales():
     apart = [predict(model, store, 32, (0.5, 0.2), all_views((scale,)))[0] for scale in SCALES]
     together = predict(model, store, 32, (0.5, 0.2), all_views(SCALES))[0]
     torch.testing.assert_close(sum(apart) / 3, together, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_that_validate_after_they_trained_an_earlier_stage_are_counted(capsys):
+    pairs = Pairs(list("abcd"), ["SAR/bus/a.png", "SAR/bus/b.png", "SAR/van/a.png", "SAR/van/d.png"],
+                  np.array([0, 0, 1, 1]), ("bus", "van"), (7, 3))  # fmt: skip
+    first = unseen_pairs(pairs, np.array([0, 2]))
+    assert len(set(first)) == 2
+    assert sorted(first) == unseen_pairs(pairs, np.array([0, 2]), {"held_out": first}, "best.pt")
+    assert len(unseen_pairs(pairs, np.array([], int), {"held_out": first}, "best.pt")) == 0  # val/ validates
+    assert len(unseen_pairs(pairs, np.array([1]), {"held_out": None}, "best.pt")) == 1  # an older checkpoint
+    assert not capsys.readouterr().out
+    assert unseen_pairs(pairs, np.array([0, 1, 3]), {"held_out": first}, "best.pt") == first[:1]
+    assert "2 of 3 pairs that validate were training pairs of best.pt" in capsys.readouterr().out
