@@ -85,6 +85,20 @@ RULES = {
     "CLUSTER_SCORE": one_of("features", "mean", "none"),
 }
 
+# Settings without effect beside some values of another one.
+WITHOUT_EFFECT = {
+    "CLASS_SHARES": ("VOTE", ("product", "soft", "hard")),
+    "VOTE_MIN_SHARE": ("VOTE", ("mixture",)),
+    "CLUSTERS": ("CLUSTER_BY", ("sequence", "both", "none")),
+    "ROTATIONS": ("TTA", (False,)),
+    "SCALES": ("TTA", (False,)),
+    "CHOOSE_SCALES": ("ALL_VIEWS", (False,)),
+    "TEMPERATURE": ("KL_WEIGHT", (0,)),
+    "MATCH_PRIOR": ("KL_WEIGHT", (0,)),
+    "FEATURE_LOSS": ("FEATURE_WEIGHT", (0,)),
+    "FEATURE_TEMPERATURE": ("FEATURE_WEIGHT", (0,)),
+}
+
 NUMBERS = {"GREY_RANGE"}  # tuples of numbers that may be empty
 
 # In these "~" and "$NAME" are expanded.

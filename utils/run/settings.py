@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils.run.rules import CHECKPOINTS, FOLDERS, NUMBERS, PATHS, RULES
+from utils.run.rules import CHECKPOINTS, FOLDERS, NUMBERS, PATHS, RULES, WITHOUT_EFFECT
 
 
 class SettingError(ValueError):
@@ -21,6 +21,8 @@ class CheckpointError(ValueError):
 
 def read_settings(script, arguments=None):
     """Apply `NAME=VALUE` arguments to a script's constants, check, print and return them.
+
+    An argument that has no effect beside the other constants is announced.
 
     Args:
         script: the script's globals(); the upper-case names that its file assigns at the top
@@ -53,6 +55,10 @@ def read_settings(script, arguments=None):
     settings = {name: script[name] for name in names}
     print("\n".join(f"{name} = {value!r}" for name, value in settings.items()), flush=True)
     _check_values(settings)
+    for name in sorted(WITHOUT_EFFECT.keys() & {argument.partition("=")[0] for argument in arguments}):
+        other, values = WITHOUT_EFFECT[name]
+        if settings.get(other) in values:
+            print(f"{name} has no effect with {other}={settings[other]}", flush=True)
     return settings
 
 

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 from tests.conftest import ROOT
-from utils.run.rules import NO_EFFECT, RULES
+from utils.run.rules import NO_EFFECT, RULES, WITHOUT_EFFECT
 from utils.run.settings import SettingError, _constants, parse, read_settings
 
 import pytest
@@ -101,6 +101,22 @@ def test_grey_range_is_empty_or_two_finite_numbers(tmp_path, text, value):
 ])  # fmt: skip
 def test_names_keep_their_brackets(text, value):
     assert parse("CLASSES", text, ()) == value
+
+
+def test_settings_without_effect_beside_others_are_announced(capsys):
+    script = runpy.run_path(str(ROOT / "results.py"))
+    read_settings(script, ["VOTE_MIN_SHARE=0.9", "CLUSTERS=3"])  # "auto" may cluster by features
+    assert "VOTE_MIN_SHARE has no effect with VOTE=mixture" in (said := capsys.readouterr().out)
+    assert said.count("has no effect") == 1
+    read_settings(script, ["VOTE=hard", "CLUSTER_BY=both", "CLUSTERS=3", "VOTE_MIN_SHARE=0.9"])
+    assert "CLUSTERS has no effect with CLUSTER_BY=both" in (said := capsys.readouterr().out)
+    assert said.count("has no effect") == 1
+
+
+def test_the_settings_of_these_pairs_are_constants_of_one_script():
+    scripts = [set(_constants(path)) for path in SCRIPTS]
+    for name, (other, values) in WITHOUT_EFFECT.items():
+        assert values and any({name, other} <= constants for constants in scripts), name
 
 
 def test_strings_are_taken_as_they_are():
