@@ -110,7 +110,7 @@ def main():
         validate.leave_out_scales(model)
     if NEW_HEAD:  # only now: the scales are compared by the head of the student
         model.head.reset_parameters()
-    unseen = unseen_pairs(pairs, train.held_out, source, STUDENT)
+    unseen = unseen_pairs(pairs, train, source, STUDENT)
     contents = source | {"data_root": root, "entities": listed, "views": validate.views, "held_out": unseen}
 
     # The frozen backbone gives the same features in every epoch: they are computed once, at every
@@ -126,8 +126,8 @@ def main():
         return FrozenCache(features, chain(in_views, drawn), len(labels), BATCH_SIZE, budget, STORE_DIR)
 
     features = [features_at(first, scale) for first, scale in enumerate(scales)]
-    predicted = scales_of(validate.views)
-    chosen = [at_scale for at_scale, scale in zip(features, scales, strict=True) if scale in predicted]
+    of_scale = dict(zip(scales, features, strict=True))  # TRAIN_SCALES may name a scale twice
+    chosen = [of_scale[scale] for scale in scales_of(validate.views)]
     requests = tqdm(list(product(chosen, in_views)), desc="features", unit=" views", disable=rank() > 0 or None)
     mean = sum(at_scale(*request).float() for at_scale, request in requests) / len(requests)
     mean = gather_over_ranks(mean, len(fitted_on)).cpu()

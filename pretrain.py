@@ -109,7 +109,7 @@ def main():
         "grey_range": grey_range, "classes": pairs.classes, "class_ids": pairs.class_ids, "counts": counts,
         "grey": grey, "scales": TRAIN_SCALES, "views": all_views(TRAIN_SCALES),
         "ood": {}, "validation": {}, "data_root": DATA_ROOT, "entities": ENTITIES, "val_fraction": VAL_FRACTION,
-        "labelled_share": 1.0, "eo_reading": eo_reading, "held_out": unseen_pairs(pairs, train.held_out),
+        "labelled_share": 1.0, "eo_reading": eo_reading, "held_out": unseen_pairs(pairs, train),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = store.subset(train.held_out), pairs.labels[train.held_out]

@@ -132,7 +132,10 @@ def main():
     if not all_labelled:
         seen = predict(teacher, eo_train.subset(np.flatnonzero(~has_label)), size, eo_grey)[0]
         train = train.with_labels(seen.argmax(1).cpu().numpy())
-        print(f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others learn from the teacher")
+        print(
+            f"{has_label.sum()} of {len(has_label)} training pairs have labels; the others learn from the teacher, "
+            "whose answers count as their labels in the training accuracy"
+        )
     trained, drawn = source["settings"], np.bincount(train.labels, minlength=len(pairs.classes)).clip(1)
     taught_counts, counts, class_weights = (
         torch.tensor(values, device=device) for values in (source["counts"], drawn, trained["CLASS_WEIGHTS"])
@@ -181,7 +184,7 @@ def main():
         "sensor": "SAR", "backbone": backbone, "chip_side": side, "grey_range": grey_range,
         "grey": sar_grey, "data_root": root, "entities": listed, "scales": TRAIN_SCALES,
         "views": all_views(TRAIN_SCALES), "labelled_share": LABELLED_SHARE, "counts": pairs.counts,
-        "held_out": unseen_pairs(pairs, train.held_out, source, TEACHER),
+        "held_out": unseen_pairs(pairs, train, source, TEACHER),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, EMA, SEED, OPTIMIZER)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]

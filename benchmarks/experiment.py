@@ -23,7 +23,7 @@ from data.labelled import (
     read_chips,
     write_reference,
 )
-from data.layouts import find_pairs
+from data.layouts import find_pairs, find_unlabelled
 from data.split import choose_labelled
 from data.store import ChipStore, open_store
 from utils.predict.clusters import cluster_chips, suitable_clustering
@@ -284,6 +284,7 @@ def choosing_and_scored(data_root, test_dir, out):
     cut data set is written below `out`, its training chips are links.
     """
     root, pairs = Path(data_root), find_pairs(data_root)
+    check(not find_unlabelled(root)[0], f"{root} has pairs without labels, which the rows with KL alone would train on")
     if test_dir:
         return data_root, root / "val", Path(test_dir)
     if any((root / name).is_dir() for name in ("test", "test_images")):

@@ -45,6 +45,16 @@ OUT_DIR = "runs/mutual"  # where the outputs go
 STORE_DIR = "runs/chips"  # where decoded chips are kept
 EPOCHS = sar_feature.EPOCHS
 BATCH_SIZE = sar_feature.BATCH_SIZE
+LEARNING_RATE = sar_feature.LEARNING_RATE
+WEIGHT_DECAY = sar_feature.WEIGHT_DECAY
+WARMUP_EPOCHS = sar_feature.WARMUP_EPOCHS
+CLIP = sar_feature.CLIP
+TEMPERATURE = sar_feature.TEMPERATURE
+GAMMA = sar_feature.GAMMA
+BALANCE = sar_feature.BALANCE
+JITTER = sar_feature.JITTER
+SPECKLE = sar_feature.SPECKLE
+TRAIN_SCALES = sar_feature.TRAIN_SCALES
 BALANCE_ENTITIES = 0.0  # 1 = draws by entity
 MIXSTYLE = 0.0  # share of the steps in which the statistics of the SAR network's feature maps are mixed
 SEED = 0
@@ -76,30 +86,26 @@ def main():
     entities = find_entities(pairs, STORE_DIR, reading=source["eo_reading"])
     train = choose_training(pairs, entities, 0.0 if labelled else source["val_fraction"])
     eo_train, by_entity = eo.subset(train.indices), (train.entities, BALANCE_ENTITIES)
-    stream = WeightedStream(train.labels, run.batch_size, sar_feature.BALANCE, SEED, *by_entity)
+    stream = WeightedStream(train.labels, run.batch_size, BALANCE, SEED, *by_entity)
     batches = Batches(stream, train.labels, device, EPOCHS, sar.subset(train.indices))
-    sar_grey, scales = grey_statistics(sar_chips, train.indices), sar_feature.TRAIN_SCALES
-    strength, sizes = (sar_feature.JITTER, sar_feature.SPECKLE, 0.0), [scaled(size, scale) for scale in scales]
-    augment_sar = Augmentation(sar_grey, *strength, sizes)
-    augment_eo = Augmentation(source["grey"], sar_feature.JITTER, 0.0, 0.0, sizes)
+    sar_grey, sizes = grey_statistics(sar_chips, train.indices), [scaled(size, scale) for scale in TRAIN_SCALES]
+    augment_sar = Augmentation(sar_grey, JITTER, SPECKLE, 0.0, sizes)
+    augment_eo = Augmentation(source["grey"], JITTER, 0.0, 0.0, sizes)
 
     def loss_of(batch):
         logits = sar_network(augment_sar(batch))
         eo_logits = eo_network(augment_eo(replace(batch, chips=eo_train[batch.indices])))
         # Each network learns from the labels and from the other one, which is detached.
-        of_labels = sum(focal_loss(x, batch.labels, sar_feature.GAMMA) for x in (logits, eo_logits))
-        temperature = sar_feature.TEMPERATURE
-        of_each_other = distillation_loss(logits, eo_logits, temperature)
-        of_each_other += distillation_loss(eo_logits, logits, temperature)
+        of_labels = sum(focal_loss(x, batch.labels, GAMMA) for x in (logits, eo_logits))
+        of_each_other = distillation_loss(logits, eo_logits, TEMPERATURE)
+        of_each_other += distillation_loss(eo_logits, logits, TEMPERATURE)
         return of_labels + of_each_other, logits, batch.labels
 
     contents = source | {
-        "sensor": "SAR", "chip_side": side, "grey_range": grey_range, "grey": sar_grey, "scales": scales,
-        "counts": pairs.counts, "views": all_views(scales),
+        "sensor": "SAR", "chip_side": side, "grey_range": grey_range, "grey": sar_grey, "scales": TRAIN_SCALES,
+        "counts": pairs.counts, "views": all_views(TRAIN_SCALES),
     }  # fmt: skip
-    optimization = Optimization(
-        sar_feature.LEARNING_RATE, sar_feature.WEIGHT_DECAY, sar_feature.WARMUP_EPOCHS, sar_feature.CLIP, seed=SEED
-    )
+    optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, seed=SEED)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]
     validate = Validation(*(labelled or held_out), size, sar_grey)
     if run.begin(made_from(__file__, pairs, [eo_chips, sar_chips], entities, labelled, source=source)):

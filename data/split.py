@@ -15,12 +15,14 @@ class TrainingPairs:
     labels: int64 [T]; -1 = the class of this pair is not known.
     entities: [T] ids, each in one class.
     held_out: int64 indices of the pairs to validate on.
+    apart: int64 indices of the pairs that are not trained on: those to validate on, also if they are excluded.
     """
 
     indices: np.ndarray
     labels: np.ndarray
     entities: np.ndarray
     held_out: np.ndarray
+    apart: np.ndarray
 
     @property
     def has_label(self):
@@ -31,7 +33,7 @@ class TrainingPairs:
         """Those with labels alone."""
         chosen = self.has_label
         chosen = self.indices[chosen], self.labels[chosen], self.entities[chosen]
-        return TrainingPairs(*chosen, self.held_out)
+        return TrainingPairs(*chosen, self.held_out, self.apart)
 
     def with_labels(self, labels):
         """All of them; those without a label get these, int64, one for each. An entity is then one for each class."""
@@ -54,12 +56,12 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, fu
     Raises:
         DataError: no pair is left for training.
     """
-    train, held_out = split_pairs(pairs, entities, fraction)
+    train, apart = split_pairs(pairs, entities, fraction)
     labels = np.where(choose_labelled(pairs.labels[train], labelled_share), pairs.labels[train], -1)
     # What is excluded goes last: a stage that excludes other chips still has the same split and labels.
     excluded = np.concatenate([*excluded, []])
     good = ~np.isin(train, excluded)
-    train, labels, held_out = train[good], labels[good], held_out[~np.isin(held_out, excluded)]
+    train, labels, held_out = train[good], labels[good], apart[~np.isin(apart, excluded)]
     if not len(train):
         raise DataError("no pair is left of which both files are readable images; add chips")
     count = len(entities)
@@ -68,7 +70,7 @@ def choose_training(pairs, entities, fraction, *excluded, labelled_share=1.0, fu
     labels = np.concatenate((labels, np.asarray(further, np.int64)[added - count]))
     # Each of them is an entity of its own.
     entities = np.concatenate((entities[train], entities.max() + 1 + added - count))
-    return TrainingPairs(indices, labels, entities, held_out)
+    return TrainingPairs(indices, labels, entities, held_out, apart)
 
 
 def split_pairs(pairs, entities, fraction):

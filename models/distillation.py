@@ -15,8 +15,9 @@ def match_prior(logits, teacher_counts, teacher_balance, counts, balance, class_
 
     Args:
         logits: [N, C], of the teacher.
-        teacher_counts, teacher_balance: chips of each class, [C], > 0, and BALANCE of the teacher's stage; those that
-            it held out count as well, for the split holds out nearly the same share of each class.
+        teacher_counts, teacher_balance: chips of each class, [C], > 0, and BALANCE of the teacher's stage.
+            sar_feature.py counts all pairs: where small classes hold out a third of their chips and large ones a tenth,
+            the shift between them is wrong by 0.15.
         counts, balance: the same of the student's.
         class_weights: CLASS_WEIGHTS of the teacher, one for all or C of them; a 0 is left as it is.
 
@@ -105,7 +106,8 @@ def contrastive_loss(student, teacher, temperature=0.1):
         temperature: T > 0 of the cosines.
 
     Returns:
-        Scalar >= 0, the mean of both directions. On several ranks each compares its own pairs.
+        Scalar >= 0, the mean of both directions. On several ranks each compares its own pairs. A pair that comes twice
+        in a batch, as small classes do with BALANCE=1, counts as another pair.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
     figure 3; van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.

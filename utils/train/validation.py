@@ -84,23 +84,26 @@ class Validation:
         }
 
 
-def unseen_pairs(pairs, held_out, source=None, path=""):
-    """Hashes (list of int) of the pairs to validate on that no stage trained on; prints how many others there are.
+def unseen_pairs(pairs, train, source=None, path=""):
+    """Hashes (list of int) of the pairs that no stage so far trains on; prints how many others are to validate on.
 
     Args:
-        pairs: `data.layouts.Pairs`; held_out: int64 indices of those to validate on.
+        pairs: `data.layouts.Pairs`; train: `data.split.TrainingPairs` of them.
         source: checkpoint of the stage before, whose "held_out" are its hashes (None in an older one); path: its file.
     """
-    names = (f"{pairs.classes[pairs.labels[i]]}/{Path(pairs.sar[i]).stem}" for i in held_out)
-    hashes = [int.from_bytes(blake2b(os.fsencode(name), digest_size=7).digest(), "big") for name in names]
-    before = None if source is None else source["held_out"]
-    unseen = hashes if before is None else sorted(set(before).intersection(hashes))
-    if seen := len(hashes) - len(unseen):
+
+    def hashes(indices):
+        names = (f"{pairs.classes[pairs.labels[i]]}/{Path(pairs.sar[i]).stem}" for i in indices)
+        return {int.from_bytes(blake2b(os.fsencode(name), digest_size=7).digest(), "big") for name in names}
+
+    apart, before = hashes(train.apart), source and source["held_out"]
+    unseen = apart if before is None else apart.intersection(before)
+    if seen := len(hashes(train.held_out) - unseen):
         print(
-            f"{seen} of {len(hashes)} pairs that validate were training pairs of {path} or of a stage before it, so "
-            "the scores are too good: the pairs, their entities (ENTITIES) or val/ are others now"
+            f"{seen} of {len(train.held_out)} pairs that validate were training pairs of {path} or of a stage before "
+            "it, so the scores are too good: the pairs, their entities (ENTITIES) or val/ are others now"
         )
-    return unseen
+    return sorted(unseen)
 
 
 def labelled_chips(root, pairs, reading, budget, store_dir, skip_bad):

@@ -1,6 +1,7 @@
 """Which scales the views keep: the choice by hand, on networks whose errors are made."""
 
 from data.layouts import Pairs
+from data.split import TrainingPairs
 from data.store import ChipStore
 from models.backbone import Classifier
 from utils.predict.tta import all_views, predict
@@ -65,11 +66,18 @@ def test_the_views_that_are_compared_are_those_of_all_scales():
 def test_pairs_that_validate_after_they_trained_an_earlier_stage_are_counted(capsys):
     pairs = Pairs(list("abcd"), ["SAR/bus/a.png", "SAR/bus/b.png", "SAR/van/a.png", "SAR/van/d.png"],
                   np.array([0, 0, 1, 1]), ("bus", "van"), (7, 3))  # fmt: skip
-    first = unseen_pairs(pairs, np.array([0, 2]))
-    assert len(set(first)) == 2
-    assert sorted(first) == unseen_pairs(pairs, np.array([0, 2]), {"held_out": first}, "best.pt")
-    assert len(unseen_pairs(pairs, np.array([], int), {"held_out": first}, "best.pt")) == 0  # val/ validates
-    assert len(unseen_pairs(pairs, np.array([1]), {"held_out": None}, "best.pt")) == 1  # an older checkpoint
+
+    def unseen(held_out, *before, apart=None):
+        held_out, nothing = np.array(held_out, int), np.array([], int)
+        train = TrainingPairs(nothing, nothing, nothing, held_out, held_out if apart is None else np.array(apart))
+        return unseen_pairs(pairs, train, *({"held_out": hashes} for hashes in before), *["best.pt"][: len(before)])
+
+    first = unseen([0, 2])
+    assert len(set(first)) == 2 and unseen([0, 2], first) == first
+    assert unseen([], first) == []  # val/ validates
+    assert len(unseen([1], None)) == 1  # an older checkpoint
+    # A pair that this stage alone can read, as the stage before had it apart as well.
+    assert unseen([0, 2], unseen([0], apart=[0, 2])) == first
     assert not capsys.readouterr().out
-    assert unseen_pairs(pairs, np.array([0, 1, 3]), {"held_out": first}, "best.pt") == first[:1]
+    assert unseen([0, 1, 3], first) == unseen([0])
     assert "2 of 3 pairs that validate were training pairs of best.pt" in capsys.readouterr().out
