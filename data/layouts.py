@@ -138,8 +138,8 @@ def class_order(names, chosen=()):
             by_index = sorted(near, key=lambda name: (*OFFICIAL_CLASSES, None).index(near[name]))
             raise DataError(
                 f"class folders that are none of the challenge's classes, beside such that are: "
-                f"{named(meant)}. Rename them, or take them as they are, numbered 0, 1, ... in a submission: "
-                f"CLASSES={','.join(by_index)}"
+                f"{named(meant)}. Rename them, or take them as they are: CLASSES={','.join(by_index)} "
+                "(numbered 0, 1, ... in a submission)"
             )
         return tuple(near)
     return tuple(name for name in OFFICIAL_CLASSES if name in names)
@@ -215,8 +215,8 @@ def _by_class(folder):
 
 def _with_prefix(folders, prefix):
     """The chips of one sensor in folders that hold both. Keys lose the prefix, so that pairs share a key."""
-    strange = [path for chips in folders.values() for stem, path in chips.items() if not stem.startswith(PREFIXES)]
-    if strange:
+    mixed = (chips for chips in folders.values() if any(stem.startswith(PREFIXES) for stem in chips))
+    if strange := [path for chips in mixed for stem, path in chips.items() if not stem.startswith(PREFIXES)]:
         raise DataError(f"{len(strange)} chips are named neither EO_ nor SAR_: {named(strange, 5)}; rename them")
     return {
         name: {s.removeprefix(prefix): path for s, path in chips.items() if s.startswith(prefix)}

@@ -56,6 +56,7 @@ def write_demo(
             plan = plan_groups(np.random.default_rng([seed, split]), list(train_counts), chips, groups)
             jobs += _flight_jobs(partial / folder, reference, (seed, split), plan, flight_shift)
         chips = sum(len(what.numbers) for _, _, _, what, *_ in jobs)
+        print(f"simulating the demo set, {chips} chips, once, into {root}", flush=True)
         with tqdm(desc=f"writing {root}", total=chips, disable=None) as bar:
             for written in map_in_processes(_run, jobs, may_fork(), workers):
                 bar.update(written)
