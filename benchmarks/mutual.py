@@ -36,7 +36,7 @@ from utils.run.settings import read_settings
 from utils.run.start import run as run_script
 from utils.train.learner import Learner, Optimization
 from utils.train.loop import fit
-from utils.train.validation import Validation, labelled_chips
+from utils.train.validation import Validation, labelled_chips, unseen_pairs
 
 import torch
 
@@ -104,6 +104,7 @@ def main():
     contents = source | {
         "sensor": "SAR", "chip_side": side, "grey_range": grey_range, "grey": sar_grey, "scales": TRAIN_SCALES,
         "counts": pairs.counts, "views": all_views(TRAIN_SCALES),
+        "held_out": unseen_pairs(pairs, train, source, TEACHER),
     }  # fmt: skip
     optimization = Optimization(LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, CLIP, seed=SEED)
     held_out = sar.subset(train.held_out), pairs.labels[train.held_out]

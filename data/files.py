@@ -47,9 +47,9 @@ def images_in(folder):
     images, broken, twice = {}, [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in SUFFIXES or entry.name.startswith("."):
+            if not _is_image(entry.name):
                 continue
+            stem = os.path.splitext(entry.name)[0]
             if entry.is_symlink() and not os.path.exists(entry.path):
                 broken.append(entry.path)
             elif entry.is_file():
@@ -69,9 +69,13 @@ def images_below(folder):
     return [path for sub in _subfolders(folder) for path in images_in(sub).values()]
 
 
-def images_aside(folder):
-    """Names of the subfolders whose images `images_below` leaves aside, for there are images directly in the folder."""
-    return [sub.name for sub in _subfolders(folder) if images_in(sub)] if images_in(folder) else []
+def subfolders_with_images(folder):
+    """Names of the subfolders in which image files lie, whatever else may be wrong with them."""
+    return [sub.name for sub in _subfolders(folder) if any(_is_image(name) for name in os.listdir(sub))]
+
+
+def _is_image(name):
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def _subfolders(folder):

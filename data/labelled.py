@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, named
-from data.files import SUFFIXES, images_aside, images_below, plain_name, read_table
+from data.files import SUFFIXES, images_below, plain_name, read_table, subfolders_with_images
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def find_chips(folder):
     chips = images_below(folder)
     if not chips:
         raise DataError(f"{folder} holds no chips ({', '.join(sorted(SUFFIXES))}); add some, or set another folder")
-    if aside := images_aside(folder):
+    if Path(chips[0]).parent == folder and (aside := subfolders_with_images(folder)):
         print(
             f"{folder}: its chips are the {len(chips)} images directly in it; those in subfolders are left aside: "
             f"{named(aside)}"
@@ -94,8 +94,9 @@ def find_validation(root, classes, class_ids):
         return None
     holds_chips = find_reference(folder) or images_below(folder)
     labelled = read_chips(folder, classes, class_ids)[1] if holds_chips else None
-    if labelled is None and any(path.is_file() for path in folder.rglob("*")):
-        csvs = sorted(path.name for path in folder.rglob("*.[cC][sS][vV]"))
+    files = [path for path in folder.rglob("*") if path.is_file()] if labelled is None else ()
+    if files:
+        csvs = sorted(path.name for path in files if path.suffix.lower() == ".csv")
         print(
             f"{folder} has no labels, so it does not validate: labelled chips lie directly in it, with a CSV in UTF-8 "
             f"that has the columns {','.join(COLUMNS)}, or in class folders"

@@ -190,7 +190,7 @@ def test_subfolders_beside_chips_are_left_aside_with_a_sentence(tmp_path, capsys
     write_chip(tmp_path / "bus" / "1.png"), write_chip(tmp_path / "sedan" / "2.png"), (tmp_path / "empty").mkdir()
     assert len(find_chips(tmp_path)) == 2
     assert not capsys.readouterr().out
-    write_chip(tmp_path / "preview.png")
+    write_chip(tmp_path / "preview.png"), write_chip(tmp_path / "bus" / "1.jpg")  # of one name with 1.png
     assert [path.name for path in find_chips(tmp_path)] == ["preview.png"]
     assert "its chips are the 1 images directly in it; those in subfolders are left aside: bus, sedan" in (
         capsys.readouterr().out

@@ -490,7 +490,7 @@ def test_a_killed_process_leaves_no_worker_that_holds_the_lock(tmp_path):
     assert done.returncode == 0 and len(list(tmp_path.glob("store/*.npy"))) == 1
 
 
-def test_a_file_that_can_be_read_later_is_decoded_again(tmp_path, files, monkeypatch, capsys):
+def test_a_file_that_can_be_read_later_is_decoded_again(tmp_path, files):
     """An error of the disk, after which neither size nor time of the file changes."""
     content = files[1].read_bytes()
     files[1].write_bytes(b"0" * len(content))

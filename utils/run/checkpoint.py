@@ -83,7 +83,7 @@ KEYS = {
     "entities": _is_text,
     "eo_reading": _is_reading,
     "labelled_share": lambda x: type(x) in (int, float) and 0 <= x <= 1,
-    "held_out": lambda x: x is None or type(x) is list and all(map(_is_count, x)),
+    "held_out": lambda x: x is None or type(x) is list and all(map(_is_text, x)),
     "val_fraction": lambda x: _is_positive(x) and x < 1,
     "model": _are_tensors,
     "ood": lambda x: isinstance(x, dict) and all(_is_text(k) and _are_tensors(v) for k, v in x.items()),

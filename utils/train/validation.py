@@ -1,7 +1,5 @@
 """Validation after each epoch: on labelled chips of the stage's sensor if the data set has them, else on pairs."""
 
-import os
-from hashlib import blake2b
 from pathlib import Path
 
 from data.errors import DataError
@@ -85,20 +83,19 @@ class Validation:
 
 
 def unseen_pairs(pairs, train, source=None, path=""):
-    """Hashes (list of int) of the pairs that no stage so far trains on; prints how many others are to validate on.
+    """Names, "class/stem", of the pairs that no stage so far trains on; prints how many others are to validate on.
 
     Args:
         pairs: `data.layouts.Pairs`; train: `data.split.TrainingPairs` of them.
-        source: checkpoint of the stage before, whose "held_out" are its hashes (None in an older one); path: its file.
+        source: checkpoint of the stage before, whose "held_out" are its names (None in an older one); path: its file.
     """
 
-    def hashes(indices):
-        names = (f"{pairs.classes[pairs.labels[i]]}/{Path(pairs.sar[i]).stem}" for i in indices)
-        return {int.from_bytes(blake2b(os.fsencode(name), digest_size=7).digest(), "big") for name in names}
+    def names(indices):
+        return {f"{pairs.classes[pairs.labels[i]]}/{Path(pairs.sar[i]).stem}" for i in indices}
 
-    apart, before = hashes(train.apart), source and source["held_out"]
+    apart, before = names(train.apart), source and source["held_out"]
     unseen = apart if before is None else apart.intersection(before)
-    if seen := len(hashes(train.held_out) - unseen):
+    if seen := len(names(train.held_out) - unseen):
         print(
             f"{seen} of {len(train.held_out)} pairs that validate were training pairs of {path} or of a stage before "
             "it, so the scores are too good: the pairs, their entities (ENTITIES) or val/ are others now"

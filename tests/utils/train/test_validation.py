@@ -70,7 +70,7 @@ def test_pairs_that_validate_after_they_trained_an_earlier_stage_are_counted(cap
     def unseen(held_out, *before, apart=None):
         held_out, nothing = np.array(held_out, int), np.array([], int)
         train = TrainingPairs(nothing, nothing, nothing, held_out, held_out if apart is None else np.array(apart))
-        return unseen_pairs(pairs, train, *({"held_out": hashes} for hashes in before), *["best.pt"][: len(before)])
+        return unseen_pairs(pairs, train, *({"held_out": names} for names in before), *["best.pt"][: len(before)])
 
     first = unseen([0, 2])
     assert len(set(first)) == 2 and unseen([0, 2], first) == first
